@@ -1,0 +1,11 @@
+// One function per op adds its bindings to the module. Bindings hold no logic.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace mlx_server {
+
+void bind_kv(nanobind::module_& m);
+void bind_linear(nanobind::module_& m);
+
+}  // namespace mlx_server

@@ -1,0 +1,7 @@
+#include "bindings/bindings.h"
+
+namespace mlx_server {
+
+void bind_kv(nanobind::module_&) {}
+
+}  // namespace mlx_server

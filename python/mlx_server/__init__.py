@@ -1,0 +1,1 @@
+"""mlx-server: quantized language models on MLX behind OpenAI-compatible HTTP."""

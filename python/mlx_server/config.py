@@ -1,0 +1,45 @@
+"""Settings of a server, and what the supervisor hands to the processes that it starts."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The command line's settings, checked. Flag, variable, default and help of each stand in `cli`."""
+
+    model: str
+    host: str = "0.0.0.0"
+    port: int = 8000  # 0: any free port
+    max_tokens: int = 32768
+    api_key: str | None = None
+    rate_limit: int = 0  # requests a minute and client; 0: off
+    timeout_s: float = 300.0
+    log_level: LogLevel = "info"
+
+
+class ResolvedModel(msgspec.Struct, frozen=True):
+    """A model that is on disk."""
+
+    name: str  # the served name: `demo`, a Hugging Face id, a directory's or a file's name
+    path: str  # a directory with config.json and *.safetensors, or a .gguf file
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What engine and API processes need to start; `launch.json` in the run directory (mode 0700: it holds the key)."""
+
+    settings: Settings
+    model: ResolvedModel
+    engine_address: str  # ipc:// of the engine's socket
+
+    def write(self, run_dir: Path) -> None:
+        path = run_dir / "launch.json"
+        path.touch(mode=0o600)
+        path.write_bytes(msgspec.json.encode(self))
+
+    @staticmethod
+    def read(run_dir: Path) -> "Launch":
+        return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)

@@ -1,0 +1,20 @@
+"""Linear layers on quantized weights."""
+
+import mlx.core as mx
+
+from mlx_server import _ext
+
+
+def quantized_linear(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
+) -> mx.array:
+    """`x @ dequantize(weight).T` for MLX's affine quantization.
+
+    Args:
+        x: [..., K], floating point.
+        weight: [N, K * bits / 32] uint32, packed as `mx.quantize` does.
+        scales, biases: [N, K / group_size].
+    Returns:
+        [..., N], the dtype of x.
+    """
+    return _ext.quantized_linear(x, weight, scales, biases, group_size=group_size, bits=bits)
