@@ -1,0 +1,5 @@
+"""Bookkeeping of the KV cache's blocks: free list and reference counts, in C++."""
+
+from mlx_server._ext import BlockPool
+
+__all__ = ["BlockPool"]
