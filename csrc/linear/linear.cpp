@@ -6,9 +6,8 @@ namespace mlx_server {
 
 namespace mx = mlx::core;
 
-mx::array quantized_linear(
-    const mx::array& x, const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size,
-    int bits, mx::StreamOrDevice s) {
+mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                           const mx::array& biases, int group_size, int bits, mx::StreamOrDevice s) {
   return mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, "affine", s);
 }
 

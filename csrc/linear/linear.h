@@ -10,8 +10,8 @@ namespace mlx_server {
 
 // y = x @ dequantize(weight).T [+ bias]
 // x [..., K]; weight uint32 [N, K * bits / 32]; scales, biases [N, K / group_size]  ->  [..., N]
-mlx::core::array quantized_linear(
-    const mlx::core::array& x, const mlx::core::array& weight, const mlx::core::array& scales,
-    const mlx::core::array& biases, int group_size, int bits, mlx::core::StreamOrDevice s = {});
+mlx::core::array quantized_linear(const mlx::core::array& x, const mlx::core::array& weight,
+                                  const mlx::core::array& scales, const mlx::core::array& biases, int group_size,
+                                  int bits, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_server

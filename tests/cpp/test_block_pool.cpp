@@ -12,7 +12,7 @@ using mlx_server::kv::BlockId;
 using mlx_server::kv::BlockPool;
 using Ids = std::vector<BlockId>;
 
-void test_allocates_all_or_nothing() {
+TEST(allocates_all_or_nothing) {
   BlockPool pool(4);
   CHECK(pool.allocate(3) == (Ids{0, 1, 2}));
   CHECK(!pool.allocate(2).has_value());
@@ -22,14 +22,14 @@ void test_allocates_all_or_nothing() {
   CHECK(!pool.allocate(1).has_value());
 }
 
-void test_reuses_the_block_freed_last() {
+TEST(reuses_the_block_freed_last) {
   BlockPool pool(4);
   pool.allocate(4);
   pool.release(Ids{2, 0});
   CHECK(pool.allocate(2) == (Ids{0, 2}));
 }
 
-void test_shared_block_outlives_its_first_owner() {
+TEST(shared_block_outlives_its_first_owner) {
   BlockPool pool(2);
   const Ids ids = *pool.allocate(1);
   pool.retain(ids);
@@ -39,7 +39,7 @@ void test_shared_block_outlives_its_first_owner() {
   CHECK(pool.num_free() == 2 && pool.ref_count(ids[0]) == 0);
 }
 
-void test_wrong_calls_throw_and_change_nothing() {
+TEST(wrong_calls_throw_and_change_nothing) {
   CHECK_THROWS(BlockPool(-1), std::invalid_argument);
   BlockPool pool(4);
   pool.allocate(2);
@@ -101,14 +101,10 @@ void random_walk(unsigned seed) {
   CHECK(pool.num_free() == pool.num_blocks());
 }
 
-}  // namespace
-
-int main() {
-  test_allocates_all_or_nothing();
-  test_reuses_the_block_freed_last();
-  test_shared_block_outlives_its_first_owner();
-  test_wrong_calls_throw_and_change_nothing();
+TEST(bookkeeping_stays_whole_on_random_walks) {
   for (unsigned seed = 0; seed < 50; ++seed) {
     random_walk(seed);
   }
 }
+
+}  // namespace
