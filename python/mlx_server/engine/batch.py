@@ -1,0 +1,117 @@
+"""What one step computes, as the scheduler decides it, and the same as flat arrays, as the model wants it.
+
+All tokens of all requests lie on one axis T, request after request: no padding, no batch axis.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_server.engine.request import Request
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """The part of one request that a step computes: positions [start_pos, end_pos)."""
+
+    request: Request
+    start_pos: int
+    end_pos: int
+    samples: bool  # the range ends at the request's newest token, so the next one is drawn
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end_pos - self.start_pos
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    rows: list[BatchRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def sampling_rows(self) -> list[BatchRow]:
+        """The rows whose tokens the step gives, in order."""
+        return [row for row in self.rows if row.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A batch that has been computed, with the token drawn for each of its sampling rows."""
+
+    batch: Batch
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchArrays:
+    """A batch as arrays: B rows, T tokens, R sampling rows, M blocks of the longest row."""
+
+    token_ids: Ints  # [T]; 0 where the token is still in flight
+    token_sources: Ints  # [T] index into concat(token_ids, tokens of the step before)
+    awaits_previous: bool  # some token is still in flight
+    positions: Ints  # [T]
+    slot_mapping: Ints  # [T] block * block_size + offset: where the token's KV goes
+    block_tables: Ints  # [B, M]
+    query_lens: list[int]  # B
+    context_lens: list[int]  # B: tokens in the cache once this step has written its own
+    sampled: Ints  # [R] index on T of the token after which the next one is drawn
+    temperature: npt.NDArray[np.float32]  # [R], like the rest
+    top_k: Ints
+    top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
+    seed: npt.NDArray[np.uint64]
+    sample_positions: npt.NDArray[np.uint32]  # position of the token to be drawn
+
+    @staticmethod
+    def build(batch: Batch, previous: Batch | None, block_size: int) -> "BatchArrays":
+        """`previous` is the step before, whose tokens may still be in flight."""
+        rows = batch.rows
+        total = batch.num_tokens
+        previous_index = {row.request: i for i, row in enumerate(previous.sampling_rows)} if previous else {}
+        token_ids = np.zeros(total, np.int32)
+        token_sources = np.arange(total, dtype=np.int32)
+        start = 0
+        for row in rows:
+            known = row.request.known_tokens(row.start_pos, row.end_pos)
+            token_ids[start : start + len(known)] = known
+            if len(known) < row.num_tokens:  # at most one: the newest
+                token_sources[start + len(known)] = total + previous_index[row.request]
+            start += row.num_tokens
+
+        positions = np.concatenate([np.arange(row.start_pos, row.end_pos, dtype=np.int32) for row in rows])
+        block_tables = _pad([row.request.block_table for row in rows])
+        row_of_token = np.repeat(np.arange(len(rows)), [row.num_tokens for row in rows])
+        slot_mapping = block_tables[row_of_token, positions // block_size] * block_size + positions % block_size
+        ends = np.cumsum([row.num_tokens for row in rows], dtype=np.int32)
+        sampling = [row.request.sampling for row in rows if row.samples]
+        return BatchArrays(
+            token_ids=token_ids,
+            token_sources=token_sources,
+            awaits_previous=bool(total and token_sources.max() >= total),
+            positions=positions,
+            slot_mapping=slot_mapping.astype(np.int32),
+            block_tables=block_tables,
+            query_lens=[row.num_tokens for row in rows],
+            context_lens=[row.end_pos for row in rows],
+            sampled=ends[[row.samples for row in rows]] - 1,
+            temperature=np.array([s.temperature for s in sampling], np.float32),
+            top_k=np.array([s.top_k for s in sampling], np.int32),
+            top_p=np.array([s.top_p for s in sampling], np.float32),
+            min_p=np.array([s.min_p for s in sampling], np.float32),
+            seed=np.array([s.seed for s in sampling], np.uint64),
+            sample_positions=np.array([row.end_pos for row in rows if row.samples], np.uint32),
+        )
+
+
+def _pad(block_tables: list[list[int]]) -> Ints:
+    padded = np.zeros((len(block_tables), max(map(len, block_tables))), np.int32)
+    for i, table in enumerate(block_tables):
+        padded[i, : len(table)] = table
+    return padded

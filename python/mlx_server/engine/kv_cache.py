@@ -1,0 +1,42 @@
+"""Which request owns which blocks of the KV pool. The arrays themselves are the runner's."""
+
+from mlx_server import _ext
+from mlx_server.engine.request import Request
+
+
+class KVCacheManager:
+    """Block tables over a pool of `num_blocks` blocks of `block_size` tokens.
+
+    A request that has `n` computed tokens owns the ceil(n / block_size) blocks in its `block_table`, and nobody else does.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._pool = _ext.BlockPool(num_blocks)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self._pool.num_blocks * self.block_size
+
+    def allocate(self, request: Request, num_tokens: int) -> bool:
+        """Make the request's table long enough for `num_tokens`; False, and nothing changed, if the pool is short."""
+        num_new = -(-num_tokens // self.block_size) - len(request.block_table)
+        if num_new <= 0:
+            return True
+        if num_new > self._pool.num_free:
+            return False
+        request.block_table += self._pool.allocate(num_new)
+        return True
+
+    def free(self, request: Request) -> None:
+        """Give all blocks back; the request's tokens must be computed again to go on."""
+        self._pool.release(request.block_table)
+        request.block_table = []
+        request.num_computed_tokens = 0
+
+    def check_integrity(self) -> None:
+        self._pool.check_integrity()

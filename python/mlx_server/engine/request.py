@@ -1,0 +1,64 @@
+"""A request inside the engine, and the tokens of it that are known, in flight and computed.
+
+```
+token_ids (known on the host)          in flight (sampled on the device, not read back yet)
+[ prompt ........ | outputs ........ ] [ 0 to 2 tokens ]
+[ computed: KV written or being written ...... )
+                                       ^ num_computed_tokens <= num_tokens
+```
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from mlx_server.sampling_params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    WAITING = enum.auto()  # in the queue: new, or preempted
+    RUNNING = enum.auto()  # owns blocks, takes part in steps
+    ENDED = enum.auto()  # finished, failed or cancelled; results still in flight are dropped
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    request_id: str
+    connection: bytes  # identity of the API process that asked
+    prompt_token_ids: list[int]
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    sampling: SamplingParams
+    arrival: int = 0  # the scheduler's running number: order of service
+    state: RequestState = RequestState.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_in_flight_tokens: int = 0
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is still to compute."""
+        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """All tokens that it may generate are known or in flight: nothing is left to compute."""
+        return len(self.output_token_ids) + self.num_in_flight_tokens >= self.max_tokens
+
+    def known_tokens(self, start_pos: int, end_pos: int) -> list[int]:
+        """Token ids of positions [start_pos, end_pos), as far as they are known."""
+        prompt_end = len(self.prompt_token_ids)
+        prompt = self.prompt_token_ids[start_pos:end_pos]
+        return prompt + self.output_token_ids[max(start_pos - prompt_end, 0) : max(end_pos - prompt_end, 0)]
