@@ -1,7 +1,7 @@
 """Which request owns which blocks of the KV pool. The arrays themselves are the runner's."""
 
-from mlx_server import _ext
 from mlx_server.engine.request import Request
+from mlx_server.ops.block_pool import BlockPool
 
 
 class KVCacheManager:
@@ -12,7 +12,7 @@ class KVCacheManager:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self._pool = _ext.BlockPool(num_blocks)
+        self._pool = BlockPool(num_blocks)
 
     @property
     def num_free_blocks(self) -> int:
@@ -25,11 +25,10 @@ class KVCacheManager:
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Make the request's table long enough for `num_tokens`; False, and nothing changed, if the pool is short."""
         num_new = -(-num_tokens // self.block_size) - len(request.block_table)
-        if num_new <= 0:
-            return True
-        if num_new > self._pool.num_free:
+        blocks = self._pool.allocate(max(num_new, 0))
+        if blocks is None:
             return False
-        request.block_table += self._pool.allocate(num_new)
+        request.block_table += blocks
         return True
 
     def free(self, request: Request) -> None:

@@ -13,15 +13,15 @@ from mlx_server.ops.sampling import sample
 class KVPools:
     """Keys and values of every layer: [N, block_size, Hk, D] each."""
 
-    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int, dtype: mx.Dtype) -> None:
+    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(spec.num_layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(spec.num_layers)]
+        self.keys = [mx.zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
+        self.values = [mx.zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
         mx.eval(self.keys, self.values)
 
     @staticmethod
-    def bytes_per_token(spec: KVSpec, dtype: mx.Dtype) -> int:
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.size
+    def bytes_per_token(spec: KVSpec) -> int:
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.size
 
 
 class PagedAttentionContext:
@@ -83,7 +83,7 @@ class ModelRunner:
         self._pools = self._new_pools()
 
     def _new_pools(self) -> KVPools:
-        return KVPools(self._model.kv_spec, self._num_blocks, self._block_size, self._model.dtype)
+        return KVPools(self._model.kv_spec, self._num_blocks, self._block_size)
 
     def _launch(self, batch: Batch, previous: _Step | None) -> _Step:
         arrays = BatchArrays.build(batch, previous.batch if previous else None, self._block_size)

@@ -6,7 +6,7 @@ from mlx_server import wire
 from mlx_server.engine.batch import Batch, BatchRow, StepResult
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.request import Request, RequestState
-from mlx_server.ops.sampling import INVALID_TOKEN_ID
+from mlx_server.wire import INVALID_TOKEN_ID
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 

@@ -1,0 +1,242 @@
+"""The scheduler and the pipelined step on a fake model: whatever happens, each request gets the tokens it gets alone."""
+
+import random
+
+import pytest
+
+from fakes import FAKE_VOCAB_SIZE, FakeRunner, fake_next_token
+from mlx_server import wire
+from mlx_server.engine.core import EngineCore
+from mlx_server.engine.kv_cache import KVCacheManager
+from mlx_server.engine.scheduler import Outputs, Scheduler
+from mlx_server.sampling_params import SamplingParams
+
+API = b"api-1"
+
+
+def make_core(
+    *, num_blocks: int = 64, block_size: int = 4, max_batch_tokens: int = 16, max_running: int = 8, context: int = 64
+) -> tuple[EngineCore, FakeRunner]:
+    kv_cache = KVCacheManager(num_blocks, block_size)
+    scheduler = Scheduler(kv_cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
+    runner = FakeRunner(num_blocks, block_size)
+    return EngineCore(scheduler, runner, context_length=context, vocab_size=FAKE_VOCAB_SIZE), runner
+
+
+def make_submit(request_id: str, prompt: list[int], max_tokens: int, *, seed: int = 0, end: tuple[int, ...] = ()) -> wire.Submit:
+    return wire.Submit(request_id, prompt, max_tokens, list(end), SamplingParams(seed=seed))
+
+
+def alone(message: wire.Submit) -> tuple[list[int], str, int]:
+    """(sent tokens, finish reason, number generated) of a request that has the engine for itself."""
+    tokens = list(message.prompt_token_ids)
+    sent: list[int] = []
+    while True:
+        token_id = fake_next_token(tokens, message.sampling.seed)
+        tokens.append(token_id)
+        num_output = len(tokens) - len(message.prompt_token_ids)
+        if token_id in message.end_token_ids:
+            return sent, "stop", num_output
+        sent.append(token_id)
+        if num_output == message.max_tokens:
+            return sent, "length", num_output
+
+
+class Collector:
+    """What came back for each request, checked on the way: one end, nothing after it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, wire.Finished | wire.Failed] = {}
+
+    def take(self, outputs: Outputs) -> None:
+        for connection, output in outputs:
+            assert connection == API
+            assert output.request_id not in self.ends
+            if not isinstance(output, wire.Failed):
+                self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if not isinstance(output, wire.Tokens):
+                self.ends[output.request_id] = output
+
+    def run_until_idle(self, core: EngineCore) -> None:
+        for _ in range(10_000):
+            if not core.has_work:
+                core.check_integrity()
+                return
+            self.take(core.step())
+        raise AssertionError("not idle")
+
+    def check(self, message: wire.Submit) -> None:
+        end = self.ends[message.request_id]
+        assert isinstance(end, wire.Finished)
+        assert (self.tokens[message.request_id], end.finish_reason, end.num_output_tokens) == alone(message)
+
+
+def test_one_request_gets_its_tokens() -> None:
+    core, _ = make_core()
+    message = make_submit("a", [1, 2, 3], 5)
+    assert core.submit(API, message) is None
+    collector = Collector()
+    collector.run_until_idle(core)
+    collector.check(message)
+
+
+def test_end_token_is_counted_but_not_sent() -> None:
+    core, _ = make_core()
+    third = alone(make_submit("x", [5, 6], 3))[0][2]
+    message = make_submit("a", [5, 6], 10, end=(third,))
+    core.submit(API, message)
+    collector = Collector()
+    collector.run_until_idle(core)
+    collector.check(message)
+    end = collector.ends["a"]
+    assert isinstance(end, wire.Finished)
+    assert (end.finish_reason, end.num_output_tokens, len(collector.tokens["a"])) == ("stop", 3, 2)
+
+
+def test_steps_are_pipelined() -> None:
+    """A step is in flight when the tokens of the one before are handed out."""
+    core, runner = make_core()
+    core.submit(API, make_submit("a", [1, 2, 3], 4))
+    assert core.step() == []
+    assert runner.in_flight is not None
+    assert [output.request_id for _, output in core.step()] == ["a"]
+    assert runner.in_flight is not None
+
+
+def test_long_prompt_is_chunked_and_decodes_go_on_beside_it() -> None:
+    core, runner = make_core(max_batch_tokens=8)
+    collector = Collector()
+    short, long = make_submit("short", [1], 20), make_submit("long", list(range(40)), 2)
+    core.submit(API, short)
+    collector.take(core.step())
+    core.submit(API, long)
+    for _ in range(4):
+        collector.take(core.step())
+        assert runner.in_flight is not None
+        rows = [(row.request.request_id, row.num_tokens) for row in runner.in_flight.rows]
+        assert rows == [("short", 1), ("long", 7)]
+    collector.run_until_idle(core)
+    collector.check(short)
+    collector.check(long)
+
+
+def test_youngest_is_preempted_and_still_gets_its_tokens() -> None:
+    core, runner = make_core(num_blocks=8, block_size=4, max_batch_tokens=32, context=32)
+    messages = [make_submit(name, [i] * 9, 20, seed=i) for i, name in enumerate("abc")]
+    collector = Collector()
+    for message in messages:
+        core.submit(API, message)
+    recomputed: set[str] = set()
+    while core.has_work:
+        collector.take(core.step())
+        for row in runner.in_flight.rows if runner.in_flight else []:
+            if row.start_pos == 0 and row.request.output_token_ids:
+                recomputed.add(row.request.request_id)
+    assert recomputed == {"b", "c"}
+    assert next(iter(collector.ends)) == "a"
+    for message in messages:
+        collector.check(message)
+    core.check_integrity()
+
+
+def test_cancelled_request_is_silent_and_its_blocks_come_back() -> None:
+    core, _ = make_core()
+    core.submit(API, make_submit("a", [1, 2, 3], 40))
+    core.submit(API, make_submit("b", [4, 5], 5))
+    collector = Collector()
+    for _ in range(3):
+        collector.take(core.step())
+    assert core.cancel(API, "a")
+    assert not core.cancel(API, "a")
+    sent = list(collector.tokens["a"])
+    collector.run_until_idle(core)
+    assert collector.tokens["a"] == sent and "a" not in collector.ends
+    assert "b" in collector.ends
+
+
+def test_connection_gone_ends_its_requests_only() -> None:
+    core, _ = make_core()
+    core.submit(b"api-2", make_submit("a", [9], 40))
+    core.submit(API, make_submit("a", [1], 5))
+    assert core.cancel_connection(b"api-2") == 1
+    collector = Collector()
+    collector.run_until_idle(core)
+    assert list(collector.ends) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        (make_submit("a", [], 5), "prompt token ids"),
+        (make_submit("a", [FAKE_VOCAB_SIZE], 5), "prompt token ids"),
+        (make_submit("a", [-1], 5), "prompt token ids"),
+        (make_submit("a", [1], 0), "max_tokens"),
+        (make_submit("a", [1] * 60, 5), "context of 64"),
+    ],
+)
+def test_bad_submit_is_refused(message: wire.Submit, fault: str) -> None:
+    core, _ = make_core()
+    failed = core.submit(API, message)
+    assert failed is not None and fault in failed.message
+    assert not core.has_work
+
+
+def test_failed_step_ends_its_requests_and_keeps_the_others() -> None:
+    core, runner = make_core(max_running=1)
+    first, second = make_submit("a", [1, 2], 5), make_submit("b", [3, 4], 5)
+    core.submit(API, first)
+    core.submit(API, second)
+    collector = Collector()
+    collector.take(core.step())
+    runner.fail_at = {runner.num_steps + 1}
+    with pytest.raises(RuntimeError):
+        core.step()
+    collector.take(core.fail_step())
+    assert isinstance(collector.ends["a"], wire.Failed)
+    collector.run_until_idle(core)
+    collector.check(second)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_walk(seed: int) -> None:
+    """Arrivals, cancels, lengths, pool sizes and failures at random; the tokens are those of each request alone."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 16])
+    context = rng.randint(20, 60)
+    core, runner = make_core(
+        num_blocks=-(-context // block_size) + rng.randint(0, 10),
+        block_size=block_size,
+        max_batch_tokens=rng.choice([1, 3, 8, 64]),
+        max_running=rng.choice([1, 2, 8]),
+        context=context,
+    )
+    collector = Collector()
+    messages: dict[str, wire.Submit] = {}
+    cancelled: set[str] = set()
+    for step in range(300):
+        if rng.random() < 0.2:
+            prompt = [rng.randrange(FAKE_VOCAB_SIZE) for _ in range(rng.randint(1, context - 1))]
+            max_tokens = rng.randint(1, context - len(prompt))
+            end = tuple(rng.randrange(FAKE_VOCAB_SIZE) for _ in range(rng.choice([0, 0, 100])))
+            message = make_submit(f"r{step}", prompt, max_tokens, seed=rng.randrange(99), end=end)
+            messages[message.request_id] = message
+            assert core.submit(API, message) is None
+        if rng.random() < 0.03 and messages:
+            name = rng.choice(list(messages))
+            if core.cancel(API, name):
+                cancelled.add(name)
+        if rng.random() < 0.01:
+            runner.fail_at.add(runner.num_steps + 1)
+        try:
+            collector.take(core.step())
+        except RuntimeError:
+            collector.take(core.fail_step())
+        core.check_integrity()
+    runner.fail_at.clear()
+    collector.run_until_idle(core)
+    assert set(collector.ends) | cancelled == set(messages)
+    assert not set(collector.ends) & cancelled
+    for name, end in collector.ends.items():
+        if isinstance(end, wire.Finished):
+            collector.check(messages[name])
