@@ -19,10 +19,6 @@ class KVPools:
         self.values = [mx.zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
         mx.eval(self.keys, self.values)
 
-    @staticmethod
-    def bytes_per_token(spec: KVSpec) -> int:
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.size
-
 
 class PagedAttentionContext:
     """`AttentionContext` of one step: writes the new KV into the pools and attends through the block tables."""

@@ -1,0 +1,73 @@
+"""The engine process: `python -m mlx_server.engine RUN_DIR --status-fd N`, started by the supervisor."""
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mlx_server import log as logs
+from mlx_server import status
+from mlx_server.config import Launch
+from mlx_server.engine.core import EngineCore
+from mlx_server.engine.kv_cache import KVCacheManager
+from mlx_server.engine.memory import plan_memory
+from mlx_server.engine.runner import ModelRunner
+from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.transport import EngineServer
+from mlx_server.engine.warm_up import warm_up
+from mlx_server.errors import ModelLoadError
+from mlx_server.models.loader import load_model
+
+log = logging.getLogger(__name__)
+
+EXIT_MODEL_ERROR = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--status-fd", type=int, required=True)
+    args = parser.parse_args()
+    launch = Launch.read(args.run_dir)
+    logs.configure(launch.settings.log_level, "engine")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    status.end_with_supervisor(args.run_dir)
+    pipe = status.StatusPipe(args.status_fd)
+    try:
+        core, lines = start(launch, pipe)
+    except ModelLoadError as error:
+        pipe.send(status.Failed(error.message))
+        return EXIT_MODEL_ERROR
+    server = EngineServer(core, launch.engine_address)
+    pipe.send(status.Ready(lines))
+    server.run()
+    return 0
+
+
+def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str, str]]:
+    """Load the model, size the KV pool, run a first request; the core and what the start screen says of them."""
+    pipe.send(status.Loading("weights"))
+    begin = time.monotonic()
+    model = load_model(launch.model.path)
+    plan = plan_memory(model)
+    log.info("weights loaded in %.1f s", time.monotonic() - begin)
+    pipe.send(status.Loading("warm-up"))
+    kv_cache = KVCacheManager(plan.num_blocks, plan.block_size)
+    core = EngineCore(
+        Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens, max_running=plan.max_running),
+        ModelRunner(model, plan.num_blocks, plan.block_size),
+        context_length=min(model.context_length, kv_cache.capacity_tokens),
+        vocab_size=model.vocab_size,
+    )
+    warm_up(core)
+    lines = {
+        "Context": f"{core.info.context_length:,} tokens",
+        "KV cache": f"{plan.num_tokens:,} tokens, {plan.kv_bytes / 1e9:.1f} GB",
+    }
+    return core, lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The engine's end of the socket, and the loop that runs it: receive, step, send."""
+
+import logging
+import time
+from collections import defaultdict
+
+import msgspec
+import zmq
+
+from mlx_server import wire
+from mlx_server.engine.core import EngineCore
+from mlx_server.engine.scheduler import Outputs
+
+log = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Serves the API processes that connect to `address` (wire.py says how).
+
+    One thread does all: MLX's streams belong to the thread that made them, and what arrives while the device computes a
+    step could not be started earlier anyway.
+    """
+
+    def __init__(self, core: EngineCore, address: str) -> None:
+        self._core = core
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error, not silence
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def run(self) -> None:
+        """Serve until a signal ends the process."""
+        while True:
+            self.serve_once()
+
+    def serve_once(self, timeout_ms: int | None = None) -> None:
+        """Take in what has arrived, waiting for it (None: for ever) if there is nothing else to do; then one step."""
+        if self._socket.poll(0 if self._core.has_work else timeout_ms):
+            self._receive_all()
+        if self._core.has_work:
+            self._send_outputs(self._step())
+            if not self._core.has_work:
+                self._core.check_integrity()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                connection, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                self._handle(connection, b"".join(frames))
+        except zmq.Again:
+            pass
+
+    def _step(self) -> Outputs:
+        start = time.monotonic()
+        try:
+            outputs = self._core.step()
+        except Exception:  # process loop: a fault in a step ends that step's requests, never the engine
+            log.exception("step failed")
+            outputs = self._core.fail_step()
+        log.debug("step: %.1f ms, %d outputs", 1e3 * (time.monotonic() - start), len(outputs))
+        return outputs
+
+    def _handle(self, connection: bytes, frame: bytes) -> None:
+        try:
+            message = self._decoder.decode(frame)
+        except msgspec.DecodeError as error:
+            log.error("dropped a frame of %d bytes that is not a message: %s", len(frame), error)
+            return
+        match message:
+            case wire.Hello():
+                self._send(connection, self._core.info)
+            case wire.Submit():
+                failed = self._core.submit(connection, message)
+                if failed is not None:
+                    log.error("refused request %s: %s", message.request_id, failed.message)
+                    self._send(connection, wire.StepOutput([failed]))
+            case wire.Cancel():
+                if self._core.cancel(connection, message.request_id):
+                    log.info("request %s cancelled", message.request_id)
+
+    def _send_outputs(self, outputs: Outputs) -> None:
+        by_connection: dict[bytes, list[wire.RequestOutput]] = defaultdict(list)
+        for connection, output in outputs:
+            by_connection[connection].append(output)
+        for connection, its_outputs in by_connection.items():
+            self._send(connection, wire.StepOutput(its_outputs))
+
+    def _send(self, connection: bytes, message: wire.EngineMessage) -> None:
+        try:
+            self._socket.send_multipart([connection, self._encoder.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):  # gone, or not reading for a thousand messages
+                raise
+            count = self._core.cancel_connection(connection)
+            log.warning("an API process is gone or stuck; %d of its requests cancelled", count)
