@@ -1,0 +1,29 @@
+#include "paged_attention/paged_attention.h"
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bindings.h"
+
+namespace nb = nanobind;
+
+namespace mlx_server {
+
+void bind_paged_attention(nb::module_& m) {
+  using mlx::core::array;
+  m.def(
+      "write_kv",
+      [](const array& k_pool, const array& v_pool, const array& k, const array& v, const array& slot_mapping) {
+        return write_kv(k_pool, v_pool, k, v, slot_mapping);
+      },
+      nb::arg("k_pool"), nb::arg("v_pool"), nb::arg("k"), nb::arg("v"), nb::arg("slot_mapping"));
+  m.def(
+      "paged_attention",
+      [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
+         const std::vector<int>& query_lens, const std::vector<int>& context_lens,
+         float scale) { return paged_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale); },
+      nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
+      nb::arg("context_lens"), nb::arg("scale"));
+}
+
+}  // namespace mlx_server

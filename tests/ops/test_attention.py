@@ -1,0 +1,194 @@
+"""`write_kv` and `paged_attention` against a NumPy oracle."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_server.ops.attention import paged_attention, write_kv
+from numpy.typing import NDArray
+from reference.paged_attention import paged_attention as oracle
+
+
+class Case:
+    """A batch of rows over a pool whose blocks they use in random order; all else in pool and tables is NaN and -1."""
+
+    def __init__(
+        self,
+        lens: list[tuple[int, int]],
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_dim: int = 64,
+        block_size: int = 16,
+    ) -> None:
+        rng = np.random.default_rng(0)
+        self.query_lens = [query_len for query_len, _ in lens]
+        self.context_lens = [context_len for _, context_len in lens]
+        num_blocks = [-(-context_len // block_size) for _, context_len in lens]
+        free = iter(rng.permutation(sum(num_blocks) + 3).tolist())
+        self.block_tables = np.full((len(lens), max(num_blocks) + 1), -1, np.int32)
+        pool_shape = (sum(num_blocks) + 3, block_size, kv_heads, head_dim)
+        self.k_pool, self.v_pool = np.full(pool_shape, np.nan, np.float32), np.full(pool_shape, np.nan, np.float32)
+        for row, (n, context_len) in enumerate(zip(num_blocks, self.context_lens, strict=True)):
+            self.block_tables[row, :n] = [next(free) for _ in range(n)]
+            seen = np.arange(context_len)
+            where = self.block_tables[row, seen // block_size], seen % block_size
+            self.k_pool[where] = rng.standard_normal((context_len, kv_heads, head_dim))
+            self.v_pool[where] = rng.standard_normal((context_len, kv_heads, head_dim))
+        self.q = rng.standard_normal((sum(self.query_lens), heads, head_dim)).astype(np.float32)
+        self.scale = head_dim**-0.5
+
+    def run(self, dtype: mx.Dtype = mx.float32) -> NDArray[np.float32]:
+        out = paged_attention(
+            mx.array(self.q).astype(dtype),
+            mx.array(self.k_pool).astype(dtype),
+            mx.array(self.v_pool).astype(dtype),
+            block_tables=mx.array(self.block_tables),
+            query_lens=self.query_lens,
+            context_lens=self.context_lens,
+            scale=self.scale,
+        )
+        assert out.dtype == dtype
+        return np.array(out.astype(mx.float32))
+
+    def expected(self) -> NDArray[np.float64]:
+        return oracle(
+            self.q,
+            self.k_pool,
+            self.v_pool,
+            block_tables=self.block_tables,
+            query_lens=self.query_lens,
+            context_lens=self.context_lens,
+            scale=self.scale,
+        )
+
+    def only_row(self, row: int) -> "Case":
+        alone = object.__new__(Case)
+        begin = sum(self.query_lens[:row])
+        alone.q = self.q[begin : begin + self.query_lens[row]]
+        alone.k_pool, alone.v_pool, alone.scale = self.k_pool, self.v_pool, self.scale
+        alone.block_tables = self.block_tables[row : row + 1]
+        alone.query_lens, alone.context_lens = [self.query_lens[row]], [self.context_lens[row]]
+        return alone
+
+
+MIXED = [(1, 1), (1, 37), (5, 5), (1, 64), (7, 50), (40, 40), (33, 130)]  # (query_len, context_len)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1), (8, 2)])
+def test_grouped_queries(heads: int, kv_heads: int) -> None:
+    case = Case(MIXED, heads=heads, kv_heads=kv_heads)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 24, 7])
+def test_head_sizes(head_dim: int) -> None:
+    case = Case(MIXED, head_dim=head_dim)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 256])
+def test_block_sizes(block_size: int) -> None:
+    case = Case(MIXED, block_size=block_size)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, atol", [(mx.float16, 5e-3), (mx.bfloat16, 4e-2)])
+def test_half_precision(dtype: mx.Dtype, atol: float) -> None:
+    case = Case(MIXED)
+    np.testing.assert_allclose(case.run(dtype), case.expected(), atol=atol)
+
+
+def test_long_context_with_large_scores() -> None:
+    case = Case([(1, 3000), (70, 1100)])
+    case.q *= 30  # softmax is near one-hot: exp must not overflow
+    np.testing.assert_allclose(case.run(), case.expected(), atol=1e-4)
+
+
+def test_row_does_not_depend_on_the_batch() -> None:
+    case = Case(MIXED)
+    together = case.run()
+    alone = np.concatenate([case.only_row(row).run() for row in range(len(MIXED))])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_no_rows() -> None:
+    pool = mx.zeros((4, 16, 2, 64))
+    out = paged_attention(
+        mx.zeros((0, 4, 64)),
+        pool,
+        pool,
+        block_tables=mx.zeros((0, 2), mx.int32),
+        query_lens=[],
+        context_lens=[],
+        scale=1,
+    )
+    assert out.shape == (0, 4, 64)
+
+
+def test_write_kv_puts_tokens_into_their_slots() -> None:
+    rng = np.random.default_rng(1)
+    pool_shape, slots = (6, 4, 2, 8), [23, 0, 9, 10]
+    k_pool, v_pool = rng.standard_normal((2, *pool_shape)).astype(np.float32)
+    k, v = rng.standard_normal((2, 4, 2, 8)).astype(np.float32)
+    new_k, new_v = write_kv(
+        mx.array(k_pool), mx.array(v_pool), mx.array(k), mx.array(v), mx.array(slots, dtype=mx.int32)
+    )
+    k_pool.reshape(24, 2, 8)[slots] = k
+    v_pool.reshape(24, 2, 8)[slots] = v
+    np.testing.assert_array_equal(np.array(new_k), k_pool)
+    np.testing.assert_array_equal(np.array(new_v), v_pool)
+
+
+def test_write_kv_is_in_place_when_the_pool_has_no_other_user() -> None:
+    pool_shape = (4096, 16, 2, 64)
+    k_pool, v_pool = mx.zeros(pool_shape), mx.zeros(pool_shape)
+    token, slot = mx.ones((1, 2, 64)), mx.array([5], dtype=mx.int32)
+    mx.eval(k_pool, v_pool, token, slot)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(3):
+        k_pool, v_pool = write_kv(k_pool, v_pool, token, token, slot)
+        mx.eval(k_pool, v_pool)
+    assert mx.get_peak_memory() - before < k_pool.nbytes // 100
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": mx.zeros((3, 4, 32))}, r"q must have the shape \[T, H, 64\] with H a multiple of 2 but got \(3,4,32\)"),
+        ({"q": mx.zeros((3, 3, 64))}, r"H a multiple of 2 but got \(3,3,64\)"),
+        ({"v_pool": mx.zeros((4, 8, 2, 64))}, r"one shape \[N, block_size, Hk, D\] and one dtype but got"),
+        ({"block_tables": mx.zeros((2, 2))}, r"block_tables must be int32 \[B, M\] but got float32 \(2,2\)"),
+        ({"query_lens": [3]}, r"one entry for each of the 2 rows of block_tables but got 1 and 2"),
+        ({"context_lens": [9, 1]}, r"query_len <= context_len <= 32 but row 1 got query_len 2 and context_len 1"),
+        ({"context_lens": [9, 33]}, r"row 1 got query_len 2 and context_len 33"),
+        ({"query_lens": [0, 3]}, r"row 0 got query_len 0"),
+        ({"query_lens": [1, 1]}, r"query_lens must add up to q's 3 tokens but got 2"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    pool = mx.zeros((4, 16, 2, 64))
+    arguments = {
+        "q": mx.zeros((3, 4, 64)),
+        "k_pool": pool,
+        "v_pool": pool,
+        "block_tables": mx.zeros((2, 2), mx.int32),
+        "query_lens": [1, 2],
+        "context_lens": [9, 12],
+        "scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=r"\[paged_attention\] .*" + message):
+        paged_attention(**(arguments | change))
+
+
+def test_write_kv_wrong_arguments() -> None:
+    pool, token = mx.zeros((4, 16, 2, 64)), mx.zeros((3, 2, 64))
+    slots = mx.zeros((3,), mx.int32)
+    with pytest.raises(ValueError, match=r"\[write_kv\] k and v must have the shape \[T, 2, 64\] but got \(3,2,32\)"):
+        write_kv(pool, pool, token[..., :32], token, slots)
+    with pytest.raises(ValueError, match=r"\[write_kv\] slot_mapping must be int32 \[3\] but got int32 \(2\)"):
+        write_kv(pool, pool, token, token, slots[:2])
+    with pytest.raises(ValueError, match=r"\[write_kv\] k_pool and v_pool must have one shape"):
+        write_kv(pool, pool[:3], token, token, slots)
