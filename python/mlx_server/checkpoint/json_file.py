@@ -1,0 +1,49 @@
+"""JSON files that come with a model: bounded, and never more than data."""
+
+import json
+from pathlib import Path
+
+from mlx_server.errors import ModelLoadError
+
+MAX_CONFIG_BYTES = 16 << 20
+MAX_DEPTH = 32
+
+JsonObject = dict[str, object]
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> JsonObject:
+    """The object in a JSON file. ModelLoadError if it is missing, too large, too deep or no JSON object.
+
+    Takes NaN and Infinity, which published configs hold.
+    """
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ModelLoadError(f"{path} is larger than {max_bytes >> 20} MB")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path} is missing; is {path.parent} a complete model directory?") from None
+    except OSError as error:
+        raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise ModelLoadError(f"{path} is not valid JSON; download it again") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object")
+    _check_depth(path, value)
+    return value
+
+
+def read_optional_json(path: Path) -> JsonObject:
+    """As `read_json`, but {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def _check_depth(path: Path, root: JsonObject) -> None:
+    level: list[object] = [root]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if isinstance(node, (dict, list)) for child in _children(node)]
+    if level:
+        raise ModelLoadError(f"{path} is nested more than {MAX_DEPTH} deep")
+
+
+def _children(node: dict[str, object] | list[object]) -> list[object]:
+    return list(node.values()) if isinstance(node, dict) else node

@@ -1,0 +1,179 @@
+"""A model's own description of itself: `config.json` and `generation_config.json`, or the metadata of a GGUF file."""
+
+import math
+import struct
+from pathlib import Path
+
+import msgspec
+
+from mlx_server.checkpoint.gguf import GGUF, read_gguf
+from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional_json
+from mlx_server.errors import ModelLoadError
+
+# GGUF's general.architecture -> model_type
+GGUF_ARCHITECTURES = {"llama": "llama"}
+
+# What Meta trained every Llama 3.1, 3.2 and 3.3 with; GGUF keeps only the factors that follow from it.
+LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True):
+    """What the model's authors recommend; None where they say nothing."""
+
+    end_token_ids: tuple[int, ...] = ()  # of the configs; `Tokenizer.end_token_ids` has the tokenizer's too
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def load_config(path: Path) -> JsonObject:
+    """The config of a model directory or a GGUF file, in the form of a Hugging Face `config.json`.
+
+    It is data: nothing that it names is imported. `auto_map`, which names Python files for transformers, is ignored;
+    `model_file`, which tells MLX loaders to run one, means that the model needs it, and is refused.
+    """
+    if is_gguf(path):
+        return config_from_gguf(read_gguf(path))
+    config = read_json(path / "config.json")
+    if "model_file" in config:
+        raise ModelLoadError(f"{path / 'config.json'} has `model_file`: models that bring their own code are not run")
+    return config
+
+
+def generation_defaults(path: Path) -> GenerationDefaults:
+    """End tokens and sampling defaults of a model directory or a GGUF file."""
+    config = load_config(path)
+    if is_gguf(path):
+        return GenerationDefaults(end_token_ids=_token_ids(path, config.get("eos_token_id")))
+    config_path, generation_path = path / "config.json", path / "generation_config.json"
+    generation = read_optional_json(generation_path)
+    end_token_ids = {
+        *_token_ids(config_path, config.get("eos_token_id")),
+        *_token_ids(generation_path, generation.get("eos_token_id")),
+    }
+    if generation.get("do_sample") is False:
+        return GenerationDefaults(tuple(sorted(end_token_ids)))  # greedy decoding is no advice on sampling
+    top_k = _number(generation_path, generation, "top_k", 0, 1 << 31)
+    return GenerationDefaults(
+        end_token_ids=tuple(sorted(end_token_ids)),
+        temperature=_number(generation_path, generation, "temperature", 0, 100),
+        top_p=_number(generation_path, generation, "top_p", 0, 1) or None,
+        top_k=None if top_k is None else int(top_k),
+        min_p=_number(generation_path, generation, "min_p", 0, 1),
+    )
+
+
+def config_from_gguf(gguf: GGUF) -> JsonObject:
+    """A GGUF file's metadata under the names of a Hugging Face `config.json`. ModelLoadError if something is missing."""
+    arch = gguf.require("general.architecture", str)
+    if arch not in GGUF_ARCHITECTURES:
+        known = ", ".join(sorted(GGUF_ARCHITECTURES))
+        raise ModelLoadError(f"{gguf.path}: architecture {arch!r} is not supported (supported: {known})")
+    if gguf.get(f"{arch}.expert_count", int):
+        raise ModelLoadError(f"{gguf.path}: mixture-of-experts models of architecture {arch!r} are not supported")
+    hidden_size = gguf.require(f"{arch}.embedding_length", int)
+    num_heads = gguf.require(f"{arch}.attention.head_count", int)
+    head_dim = gguf.get(f"{arch}.attention.key_length", int) or hidden_size // max(num_heads, 1)
+    if (gguf.get(f"{arch}.rope.dimension_count", int) or head_dim) != head_dim:
+        raise ModelLoadError(f"{gguf.path}: RoPE over a part of the head is not supported for architecture {arch!r}")
+    if "token_embd.weight" not in gguf.tensors:
+        raise ModelLoadError(f"{gguf.path}: tensor 'token_embd.weight' is missing")
+    rope_theta = gguf.get(f"{arch}.rope.freq_base", float) or 10000.0
+    config: JsonObject = {
+        "model_type": GGUF_ARCHITECTURES[arch],
+        "hidden_size": hidden_size,
+        "intermediate_size": gguf.require(f"{arch}.feed_forward_length", int),
+        "num_hidden_layers": gguf.require(f"{arch}.block_count", int),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": gguf.get(f"{arch}.attention.head_count_kv", int) or num_heads,
+        "head_dim": head_dim,
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": gguf.require(f"{arch}.context_length", int),
+        "rms_norm_eps": gguf.require(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": rope_theta,
+        "rope_scaling": _rope_scaling(gguf, arch, rope_theta, head_dim),
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in gguf.tensors,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": _gguf_end_token_ids(gguf),
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _gguf_end_token_ids(gguf: GGUF) -> list[int]:
+    names = ("eos", "eot", "eom")  # end of sequence, of turn, of message
+    ids = (gguf.get(f"tokenizer.ggml.{name}_token_id", int) for name in names)
+    return sorted({token_id for token_id in ids if token_id is not None})
+
+
+def _rope_scaling(gguf: GGUF, arch: str, theta: float, head_dim: int) -> JsonObject | None:
+    """Hugging Face's `rope_scaling` block: from the metadata, or, for Llama 3.1, from the tensor with its factors."""
+    if "rope_freqs.weight" in gguf.tensors:
+        return _llama3_scaling(gguf, theta, head_dim)
+    kind = gguf.get(f"{arch}.rope.scaling.type", str) or "none"
+    if kind == "none":
+        return None
+    factor = gguf.require(f"{arch}.rope.scaling.factor", float)
+    original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
+    scaling: JsonObject = {"rope_type": kind, "factor": factor}
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def _llama3_scaling(gguf: GGUF, theta: float, head_dim: int) -> JsonObject:
+    """The `llama3` parameters whose frequency factors the file holds; ModelLoadError if no such parameters give them."""
+    tensor = gguf.tensors["rope_freqs.weight"]
+    if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
+        raise ModelLoadError(f"{gguf.path}: tensor 'rope_freqs.weight' must be F32 with {head_dim // 2} values")
+    with gguf.path.open("rb") as file:
+        file.seek(tensor.offset)
+        stored = struct.unpack(f"<{head_dim // 2}f", file.read(tensor.size_bytes))
+    factor = float(max(stored))
+    low = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_LOW_FREQ_FACTOR
+    high = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_HIGH_FREQ_FACTOR
+    for i, value in enumerate(stored):
+        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
+        if wavelength < high:
+            expected = 1.0
+        elif wavelength > low:
+            expected = factor
+        else:
+            smooth = (LLAMA3_ORIGINAL_CONTEXT / wavelength - LLAMA3_LOW_FREQ_FACTOR) / (
+                LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
+            )
+            expected = 1 / ((1 - smooth) / factor + smooth)
+        if not math.isclose(value, expected, rel_tol=1e-4):
+            raise ModelLoadError(f"{gguf.path}: the RoPE factors in 'rope_freqs.weight' are not those of Llama 3.1")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW_FREQ_FACTOR,
+        "high_freq_factor": LLAMA3_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
+    }
+
+
+def _token_ids(path: Path, value: object) -> tuple[int, ...]:
+    """An `eos_token_id`: absent, one id or several."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise ModelLoadError(f"{path}: eos_token_id must be a token id or a list of them but is {value!r}")
+    return tuple(ids)
+
+
+def _number(path: Path, config: JsonObject, key: str, low: float, high: float) -> float | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise ModelLoadError(f"{path}: {key} must be a number from {low} to {high} but is {value!r}")
+    return value
