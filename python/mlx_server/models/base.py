@@ -26,9 +26,7 @@ class AttentionContext(Protocol):
         """[T] int32: each token's position in its own request."""
         ...
 
-    def attend(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float
-    ) -> mx.array:
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
         """Store the step's keys and values in `layer`'s pool, then attend causally over each request's own tokens.
 
         Args:

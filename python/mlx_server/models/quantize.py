@@ -1,0 +1,72 @@
+"""The `quantization` block of an MLX checkpoint's config.json."""
+
+from typing import Literal
+
+import msgspec
+
+from mlx_server.checkpoint.json_file import JsonObject
+from mlx_server.errors import ModelLoadError
+from mlx_server.models.config import convert
+
+_GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+_BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+
+
+class Quantization(msgspec.Struct, frozen=True):
+    """How a matrix [N, K] is stored: as `mx.quantize` does, with weight [N, K * bits / 32] and scales [N, K / group_size]."""
+
+    group_size: int
+    bits: int
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
+
+    def __post_init__(self) -> None:
+        if self.group_size not in _GROUP_SIZES[self.mode]:
+            raise ValueError(
+                f"group_size of {self.mode} must be {_or(_GROUP_SIZES[self.mode])} but is {self.group_size}"
+            )
+        if self.bits not in _BITS[self.mode]:
+            raise ValueError(f"bits of {self.mode} must be {_or(_BITS[self.mode])} but is {self.bits}")
+
+
+class QuantizationPlan(msgspec.Struct, frozen=True):
+    """Which layers are quantized and how; keys of `overrides` are layers' names as in the checkpoint, None: not quantized."""
+
+    default: Quantization | None = None
+    overrides: dict[str, Quantization | None] = {}
+
+    def of(self, layer: str, *, has_scales: bool) -> Quantization | None:
+        """What the checkpoint says of a layer. Without an override, having `scales` decides."""
+        if layer in self.overrides:
+            return self.overrides[layer]
+        return self.default if has_scales else None
+
+
+def read_plan(config: JsonObject, source: str) -> QuantizationPlan:
+    """The plan of a config.json; `source` begins each message of a ModelLoadError.
+
+    mlx-lm writes {"group_size": 64, "bits": 4, "mode": "affine", "model.layers.0.mlp.down_proj": {...} | false, ...}, under
+    `quantization` and again under `quantization_config`, where other libraries write methods of their own.
+    """
+    block = config.get("quantization") or config.get("quantization_config")
+    if block is None:
+        return QuantizationPlan()
+    if not isinstance(block, dict):
+        raise ModelLoadError(f"{source}: quantization must be an object")
+    if "quant_method" in block and "quantization" not in config:
+        raise ModelLoadError(
+            f"{source}: weights quantized with {block['quant_method']} are not supported; use an MLX or GGUF version of the model"
+        )
+    default = convert(block, Quantization, f"{source}: quantization")
+    overrides: dict[str, Quantization | None] = {}
+    for layer, value in block.items():
+        if value is False:
+            overrides[layer] = None
+        elif isinstance(value, dict):
+            overrides[layer] = convert(
+                {"mode": default.mode, **value}, Quantization, f"{source}: quantization of {layer}"
+            )
+    return QuantizationPlan(default, overrides)
+
+
+def _or(values: tuple[int, ...]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,70 @@
+"""A checkpoint's tensors on their way into a model."""
+
+import mlx.core as mx
+
+from mlx_server.errors import ModelLoadError
+from mlx_server.models.quantize import Quantization, QuantizationPlan
+
+
+class Weights:
+    """Tensors under a prefix of their names. Layers take theirs by name and shape; what is left over in the end is a fault.
+
+    `take` removes a tensor, so that nothing holds it but its layer, and casts floating point to `dtype`, which is the
+    dtype of all activations.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tensors: dict[str, mx.array],
+        plan: QuantizationPlan,
+        dtype: mx.Dtype,
+        prefix: str = "",
+        taken: list[mx.array] | None = None,
+    ) -> None:
+        self.source = source  # begins each error message: the model's path
+        self.dtype = dtype
+        self.taken = [] if taken is None else taken
+        self._tensors = tensors
+        self._plan = plan
+        self._prefix = prefix
+
+    def at(self, name: str) -> "Weights":
+        """The tensors whose names go on with `name` and a dot."""
+        return Weights(self.source, self._tensors, self._plan, self.dtype, f"{self._prefix}{name}.", self.taken)
+
+    def has(self, name: str) -> bool:
+        return self._prefix + name in self._tensors
+
+    def quantization(self) -> Quantization | None:
+        """How the layer at this prefix is quantized, None if it is not."""
+        return self._plan.of(self._prefix.rstrip("."), has_scales=self.has("scales"))
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | mx.DtypeCategory = mx.floating) -> mx.array:
+        """The tensor `name`, lazy. ModelLoadError if it is missing or has another shape or kind of dtype."""
+        name = self._prefix + name
+        tensor = self._tensors.pop(name, None)
+        if tensor is None:
+            raise ModelLoadError(f"{self.source}: tensor {name} is missing")
+        if tensor.shape != shape:
+            raise ModelLoadError(
+                f"{self.source}: tensor {name} has shape {tensor.shape}, but by the model's configuration it must be {shape}"
+            )
+        if not mx.issubdtype(tensor.dtype, dtype):
+            raise ModelLoadError(f"{self.source}: tensor {name} has dtype {tensor.dtype}, but it must be {dtype}")
+        if dtype == mx.floating:
+            tensor = tensor.astype(self.dtype)
+        self.taken.append(tensor)
+        return tensor
+
+    def drop(self, suffix: str) -> None:
+        """Forget the tensors whose names end so: values that the model computes itself."""
+        for name in [name for name in self._tensors if name.endswith(suffix)]:
+            del self._tensors[name]
+
+    def check_all_taken(self) -> None:
+        if self._tensors:
+            first = min(self._tensors)
+            raise ModelLoadError(
+                f"{self.source}: {len(self._tensors)} tensors are no part of this model, such as {first} {self._tensors[first].shape}"
+            )
