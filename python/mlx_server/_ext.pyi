@@ -1,0 +1,52 @@
+"""The C++ core of mlx-server."""
+
+from collections.abc import Sequence
+
+import mlx.core
+
+
+def array_size(array: mlx.core.array) -> int:
+    """
+    Number of elements. The import's self-check calls it: it fails if mx.array is a foreign type here.
+    """
+
+class BlockPool:
+    """
+    Which of the KV cache's fixed-size blocks are free, and how many owners the others have.
+
+    Blocks 0 ... num_blocks - 1. An owner is whoever called `allocate` or `retain`; a block is free again when its last
+    owner releases it. Calls that raise change nothing. Not thread safe.
+    """
+
+    def __init__(self, num_blocks: int) -> None: ...
+
+    def allocate(self, n: int) -> list[int] | None:
+        """
+        n blocks with one owner each, or None if fewer than n are free. ValueError if n is negative.
+        """
+
+    def retain(self, ids: Sequence[int]) -> None:
+        """
+        One more owner for each id. IndexError for an id outside the pool, ValueError for a free block.
+        """
+
+    def release(self, ids: Sequence[int]) -> None:
+        """
+        One owner less for each id. IndexError for an id outside the pool, ValueError for a block without owner left.
+        """
+
+    def ref_count(self, id: int) -> int:
+        """Owners of a block, 0 if it is free. IndexError."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def num_free(self) -> int: ...
+
+    def check_integrity(self) -> None:
+        """
+        RuntimeError unless each block is either owned or exactly once in the free list.
+        """
+
+def quantized_linear(x: mlx.core.array, weight: mlx.core.array, scales: mlx.core.array, biases: mlx.core.array, *, group_size: int, bits: int) -> mlx.core.array: ...
