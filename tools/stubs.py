@@ -18,7 +18,7 @@ STUB = Path(__file__).parents[1] / "python/mlx_server/_ext.pyi"
 def generate() -> str:
     generator = StubGen(_ext)
     generator.put(_ext)
-    return generator.get()
+    return str(generator.get())
 
 
 def main() -> int:
@@ -26,7 +26,9 @@ def main() -> int:
     if sys.argv[1:] != ["--check"]:
         STUB.write_text(generated)
         return 0
-    diff = list(unified_diff(STUB.read_text().splitlines(), generated.splitlines(), "committed", "generated", lineterm=""))
+    diff = list(
+        unified_diff(STUB.read_text().splitlines(), generated.splitlines(), "committed", "generated", lineterm="")
+    )
     if diff:
         print(*diff, "", "The bindings changed: run `python tools/stubs.py` and commit _ext.pyi.", sep="\n")
     return 1 if diff else 0

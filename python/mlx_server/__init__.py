@@ -13,6 +13,6 @@ __version__ = metadata.version("mlx-server")
 
 
 def selfcheck() -> None:
-    """Loads the extension and passes an array through it. ImportError with one sentence if the installation is broken."""
+    """Loads the extension and passes an array through it. ImportError, one sentence, if the installation is broken."""
     check_packages()
     import_module("mlx_server.ops")  # by name: this package stays free of mlx

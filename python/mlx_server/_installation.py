@@ -1,8 +1,9 @@
 """Are the packages whose compiled interface the extension uses the ones that it was built against?
 
 Every mlx patch release drops exported C++ symbols, and nanobind-backend may change its internal ABI in one; a mismatch
-shows as a crash or as "incompatible function arguments" much later. The build takes the exact versions that pyproject.toml
-requires (CMake refuses others), so this package's own metadata says what it was built against. Nothing here imports mlx.
+shows as a crash or as "incompatible function arguments" much later. The build takes the exact versions that
+pyproject.toml requires (CMake refuses others), so this package's metadata says what it was built against. Nothing here
+imports mlx.
 """
 
 import re

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_writer import Q, write_gguf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gguf_writer import Q, write_gguf
 from mlx_server.checkpoint.gguf import MAX_ARRAY_ITEMS, read_gguf
 from mlx_server.errors import ModelLoadError
 

@@ -1,4 +1,4 @@
-"""`import mlx_server` in made-up environments: what is wrong is said in one sentence, with the command that mends it."""
+"""`import mlx_server` in made-up environments: one sentence says what is wrong and which command mends it."""
 
 import subprocess
 import sys
@@ -122,6 +122,8 @@ def test_a_broken_extension_is_one_sentence(tmp_path: Path, extension: str, sent
 
 
 def test_the_real_installation_passes() -> None:
-    code = "import mlx_server, sys; print('mlx' in sys.modules); mlx_server.selfcheck(); print('mlx.core' in sys.modules)"
+    code = (
+        "import mlx_server, sys; print('mlx' in sys.modules); mlx_server.selfcheck(); print('mlx.core' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (result.stderr, result.stdout) == ("", "False\nTrue\n")

@@ -1,15 +1,11 @@
 """One version of mlx and of nanobind everywhere: what we build with, run with, and check at import."""
 
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+import tomli
 
 import mlx_server
 
@@ -17,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return tomli.loads((ROOT / "pyproject.toml").read_text())
 
 
 def pins(requirements: list[str], package: str) -> set[str]:
