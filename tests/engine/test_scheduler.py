@@ -23,7 +23,9 @@ def make_core(
     return EngineCore(scheduler, runner, context_length=context, vocab_size=FAKE_VOCAB_SIZE), runner
 
 
-def make_submit(request_id: str, prompt: list[int], max_tokens: int, *, seed: int = 0, end: tuple[int, ...] = ()) -> wire.Submit:
+def make_submit(
+    request_id: str, prompt: list[int], max_tokens: int, *, seed: int = 0, end: tuple[int, ...] = ()
+) -> wire.Submit:
     return wire.Submit(request_id, prompt, max_tokens, list(end), SamplingParams(seed=seed))
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_server.ops.attention import paged_attention, write_kv
 from numpy.typing import NDArray
+
+from mlx_server.ops.attention import paged_attention, write_kv
 from reference.paged_attention import paged_attention as oracle
 
 

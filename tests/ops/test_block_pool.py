@@ -1,6 +1,7 @@
 """The binding of `BlockPool`; its behaviour is tested in tests/cpp/block_pool_test.cpp."""
 
 import pytest
+
 from mlx_server.ops.block_pool import BlockPool
 
 
