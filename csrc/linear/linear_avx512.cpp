@@ -1,0 +1,86 @@
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "linear/linear_tiles.h"
+
+namespace mlx_server {
+
+namespace {
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kDirectRows = 4;
+  static constexpr int kPanelRows = 6;  // 6 x 4 sums, 4 weights and one x in 32 registers
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static __m128 quarter_sums(Vec v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m128 ab = _mm_hadd_ps(quarter_sums(a), quarter_sums(b));
+    const __m128 cd = _mm_hadd_ps(quarter_sums(c), quarter_sums(d));
+    _mm_storeu_ps(out, _mm_hadd_ps(ab, cd));
+  }
+
+  template <int kBits>
+  struct Format;
+};
+
+// A group's 16 possible weights are a table in one register. Lanes 2j and 2j + 1 hold elements j and j + 8: one
+// broadcast of 64 bits brings all of them to where a shift suffices.
+template <>
+struct Avx512::Format<4> {
+  using Group = __m512;
+
+  static Group group(float scale, float bias) {
+    const __m512 q = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(bias));
+  }
+  static Vec dequantize(Group table, const std::uint8_t* packed) {
+    long long words;
+    __builtin_memcpy(&words, packed, sizeof(words));
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(words), shifts), table);
+  }
+  static Vec in_order(Vec v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), v);
+  }
+  static void pack(const float* x, float* packed) {
+    const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    store(packed, _mm512_permutexvar_ps(order, load(x)));
+    store(packed + 16, _mm512_permutexvar_ps(order, load(x + 16)));
+  }
+};
+
+template <>
+struct Avx512::Format<8> {
+  struct Group {
+    __m512 scale, bias;
+  };
+
+  static Group group(float scale, float bias) { return {_mm512_set1_ps(scale), _mm512_set1_ps(bias)}; }
+  static Vec dequantize(const Group& group, const std::uint8_t* packed) {
+    const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    return fma(_mm512_cvtepi32_ps(q), group.scale, group.bias);
+  }
+  static Vec in_order(Vec v) { return v; }
+  static void pack(const float* x, float* packed) {
+    store(packed, load(x));
+    store(packed + 16, load(x + 16));
+  }
+};
+
+}  // namespace
+
+constinit const LinearKernels kLinearAvx512 = make_linear_kernels<Avx512>("AVX-512");
+
+}  // namespace mlx_server
+
+#endif

@@ -1,0 +1,124 @@
+"""`quantized_linear` against a NumPy oracle and against its fallback, MLX's `quantized_matmul`."""
+
+import re
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_server.ops.linear import quantized_linear
+from reference.linear import quantized_linear as oracle
+
+
+class Weight(NamedTuple):
+    """[N, K], quantized; `arrays` are the packed weight, its scales and its biases."""
+
+    arrays: tuple[mx.array, mx.array, mx.array]
+    group_size: int
+    bits: int
+
+    def linear(self, x: mx.array) -> mx.array:
+        return quantized_linear(x, *self.arrays, group_size=self.group_size, bits=self.bits)
+
+    def fallback(self, x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, *self.arrays, group_size=self.group_size, bits=self.bits)
+
+    def oracle(self, x: mx.array) -> np.ndarray:
+        weight, scales, biases = (np.array(a) for a in self.arrays)
+        return oracle(np.array(x), weight, scales, biases, group_size=self.group_size, bits=self.bits)
+
+
+def make_weight(n: int, k: int, group_size: int = 32, bits: int = 4) -> Weight:
+    rng = np.random.default_rng(n + k)
+    dense = mx.array(rng.standard_normal((n, k), dtype=np.float32))
+    return Weight(mx.quantize(dense, group_size, bits), group_size, bits)
+
+
+def make_x(*shape: int) -> mx.array:
+    return mx.array(np.random.default_rng(1).standard_normal(shape, dtype=np.float32))
+
+
+def assert_close(y: mx.array, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert y.shape == expected.shape
+    scale = np.abs(expected).max(initial=1)
+    np.testing.assert_allclose(np.array(y.astype(mx.float32)), expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_agrees_with_the_oracle_and_the_fallback(rows: int, group_size: int, bits: int) -> None:
+    weight, x = make_weight(75, 3 * group_size, group_size, bits), make_x(rows, 3 * group_size)
+    y = weight.linear(x)
+    assert_close(y, weight.oracle(x))
+    assert_close(y, np.array(weight.fallback(x)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_other_widths_go_to_mlx(bits: int) -> None:
+    weight, x = make_weight(24, 128, 64, bits), make_x(2, 128)
+    assert_close(weight.linear(x), weight.oracle(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n, k", [(70, 576), (33, 1536)])
+def test_a_row_does_not_depend_on_the_rows_beside_it(n: int, k: int, bits: int) -> None:
+    weight, x = make_weight(n, k, bits=bits), make_x(200, k)
+    alone = mx.concatenate([weight.linear(x[i : i + 1]) for i in range(200)])
+    for rows in (1, 2, 3, 5, 8, 33, 200):
+        assert mx.array_equal(weight.linear(x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (4, 0, 64)])
+def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
+    weight, x = make_weight(9, 64), make_x(*shape)
+    assert_close(weight.linear(x), weight.oracle(x))
+
+
+def test_arrays_with_gaps() -> None:
+    weight, x = make_weight(40, 128), make_x(128, 6, 5)
+    views = [x.transpose(1, 2, 0), x.T, make_x(7, 256)[::2, ::2], mx.broadcast_to(make_x(128), (3, 128))]
+    for view in views:
+        assert_close(weight.linear(view), weight.oracle(view))
+    rows = Weight((weight.arrays[0][1::2], weight.arrays[1][1::2], weight.arrays[2][1::2]), 32, 4)
+    assert_close(rows.linear(make_x(2, 128)), rows.oracle(make_x(2, 128)))
+
+
+def test_arrays_not_yet_computed() -> None:
+    weight = make_weight(64, 64)
+    x = make_x(3, 64)
+    for _ in range(20):  # enough for MLX to cut the graph into several tasks
+        x = weight.linear(x.T.T) / 64
+        weight = Weight((weight.arrays[0] + 0, weight.arrays[1] * 1, weight.arrays[2] * 1), 32, 4)
+    again = make_x(3, 64)
+    for _ in range(20):
+        again = weight.linear(again) / 64
+        mx.eval(again)
+    assert mx.array_equal(x, again)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
+def test_half_precision(dtype: mx.Dtype, tolerance: float) -> None:
+    weight, x = make_weight(24, 64), make_x(5, 64).astype(dtype)
+    y = weight.linear(x)
+    assert y.dtype == dtype
+    assert_close(y, weight.oracle(x.astype(mx.float32)), tolerance)
+    scales, biases = (a.astype(dtype) for a in weight.arrays[1:])
+    assert Weight((weight.arrays[0], scales, biases), 32, 4).linear(make_x(5, 64)).dtype == mx.float32
+
+
+def test_mistakes_are_named() -> None:
+    weight, scales, biases = make_weight(8, 64).arrays
+    x = make_x(2, 64)
+
+    def fails(message: str, *arrays: mx.array, group_size: int = 32, bits: int = 4) -> None:
+        with pytest.raises(ValueError, match=re.escape("[quantized_linear] " + message)):
+            quantized_linear(*arrays, group_size=group_size, bits=bits)  # type: ignore[call-arg,misc]
+
+    fails("x must be floating point [..., K] but got int32 (2,64)", x.astype(mx.int32), weight, scales, biases)
+    fails("x must have the 64 columns of a 4-bit weight (8,8) but got (2,32)", x[:, :32], weight, scales, biases)
+    fails("weight must be uint32 [N, K * bits / 32] but got float32 (8,2)", x, scales, scales, biases)
+    fails("group_size must be positive and bits in 1..8 but got 0 and 4", x, weight, scales, biases, group_size=0)
+    fails("scales and biases must have the shape (8,1)", x, weight, scales, biases, group_size=64)
+    fails("scales and biases must have one floating point dtype", x, weight, scales, biases.astype(mx.float16))
