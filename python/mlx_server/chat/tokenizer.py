@@ -1,0 +1,228 @@
+"""Text to token ids and back, for a model directory's `tokenizer.json` or the vocabulary in a GGUF file."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
+from mlx_server.checkpoint.gguf import read_gguf
+from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional_json
+from mlx_server.checkpoint.model_config import generation_defaults, is_gguf, load_config
+from mlx_server.errors import ModelLoadError
+
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
+
+# An escaped special token is its number between two code points that Unicode reserves for use inside a program.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_ESCAPED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+
+
+class Tokenizer:
+    """A tokenizer. Never changed once it is loaded, so all threads of a process share one.
+
+    Attributes:
+        end_token_ids: what ends an answer, by the model's configs and its tokenizer.
+        chat_template: the source of the model's chat template, None if it has none.
+        bos_token, eos_token: as text, for the chat template.
+        vocab_size: one more than the largest token id.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        end_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        self.end_token_ids = sorted({*end_token_ids, *([] if eos_token_id is None else [eos_token_id])})
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._escapable = sorted(special, key=len, reverse=True) + [_OPEN, _CLOSE]
+        self._escape_index = {text: i for i, text in enumerate(self._escapable)}
+        self._escape_pattern = re.compile("|".join(map(re.escape, self._escapable)))
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """The tokenizer of a model directory or a GGUF file. ModelLoadError says what is wrong with it."""
+        return _load_gguf(path) if is_gguf(path) else _load_directory(path)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; with `add_special_tokens` those that the model wants around a prompt (BOS) too.
+
+        Special tokens that `text` spells out become these tokens; `escape` prevents it.
+        """
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of a rendered chat template. A template writes BOS itself, so none is added.
+
+        What `escape` made of users' texts becomes plain text again here.
+        """
+        ids: list[int] = []
+        pieces = _ESCAPED.split(rendered)  # template, number, template, number … template
+        for i, piece in enumerate(pieces):
+            if i % 2 == 0:
+                ids += self.encode(piece)
+            elif int(piece) < len(self._escapable):
+                # No special token is one character long, so one by one they can't become one.
+                ids += [token_id for char in self._escapable[int(piece)] for token_id in self.encode(char)]
+        return ids
+
+    def escape(self, text: str) -> str:
+        """`text` for use in a chat template: special tokens that a user spells out stay text in `encode_chat`."""
+        return self._escape_pattern.sub(lambda match: f"{_OPEN}{self._escape_index[match[0]]}{_CLOSE}", text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; None if there is no such id."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
+        """Decodes one answer, token by token."""
+        return TextStream(self._tokenizer, skip_special_tokens)
+
+
+class TextStream:
+    """Gives the text of tokens as they come, holding back a character until all its bytes are there."""
+
+    # A character has at most 4 bytes; a longer wait means that the bytes are no UTF-8.
+    MAX_PENDING = 8
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._context: list[int] = []  # tokens of the last text that was given: leading spaces depend on them
+        self._pending: list[int] = []  # tokens whose text was not given yet
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; often one word, sometimes nothing."""
+        self._pending.append(token_id)
+        text = self._stream.step(self._tokenizer, token_id)
+        if text is not None:
+            self._context, self._pending = self._pending, []
+            return text
+        return self.finish() if len(self._pending) >= self.MAX_PENDING else ""
+
+    def finish(self) -> str:
+        """The text of what is left, with U+FFFD for bytes that are no whole character."""
+        before = self._decode(self._context)
+        text = self._decode(self._context + self._pending)[len(before) :]
+        if self._pending:
+            self._context, self._pending = self._pending, []
+            self._stream = DecodeStream(self._context, skip_special_tokens=self._skip_special_tokens)
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _load_gguf(path: Path) -> Tokenizer:
+    gguf = read_gguf(path)
+    template = gguf.get("tokenizer.chat_template", str)
+    if template is not None and len(template) > MAX_TEMPLATE_BYTES:
+        raise ModelLoadError(f"{path}: the chat template is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
+    tokenizer = Tokenizer(
+        tokenizer_from_gguf(gguf),
+        end_token_ids=generation_defaults(path).end_token_ids,
+        chat_template=template,
+        bos_token=token_of(gguf, "bos"),
+        eos_token=token_of(gguf, "eos"),
+    )
+    _check_ids(path, tokenizer, gguf.tensors["token_embd.weight"].shape[0])
+    return tokenizer
+
+
+def _load_directory(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    config_path = directory / "tokenizer_config.json"
+    config = read_optional_json(config_path)
+    tokenizer = Tokenizer(
+        _read_tokenizer(path),
+        end_token_ids=generation_defaults(directory).end_token_ids,
+        chat_template=_read_chat_template(directory, config),
+        bos_token=_token_text(config_path, config, "bos_token"),
+        eos_token=_token_text(config_path, config, "eos_token"),
+    )
+    vocab_size = load_config(directory).get("vocab_size")
+    if isinstance(vocab_size, int):
+        _check_ids(path, tokenizer, vocab_size)
+    return tokenizer
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise ModelLoadError(f"{path} is larger than {MAX_TOKENIZER_BYTES >> 20} MB")
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path} is missing; is {path.parent} a complete model directory?") from None
+    except OSError as error:
+        raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ModelLoadError(f"{path} is not UTF-8; download it again") from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception:  # noqa: BLE001 - the only type that the library raises
+        raise ModelLoadError(f"{path} does not describe a tokenizer; download it again") from None
+    ids = list(tokenizer.get_vocab(with_added_tokens=True).values())
+    if len(set(ids)) != len(ids):
+        raise ModelLoadError(f"{path} gives the same id to two tokens")
+    # A tokenizer.json may hold what its training wanted; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_ids(path: Path, tokenizer: Tokenizer, num_embeddings: int) -> None:
+    """Each id that the tokenizer or the configs can give has a row in the embedding."""
+    largest = max([tokenizer.vocab_size - 1, *tokenizer.end_token_ids])
+    if largest >= num_embeddings:
+        raise ModelLoadError(f"{path}: token id {largest} is outside the model's vocabulary of {num_embeddings}")
+
+
+def _token_text(path: Path, config: JsonObject, key: str) -> str | None:
+    """A special token of tokenizer_config.json: a string, an object with `content`, or null."""
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ModelLoadError(f"{path}: {key} must be a string")
+    return value
+
+
+def _read_chat_template(directory: Path, config: JsonObject) -> str | None:
+    """chat_template.jinja, else chat_template.json, else the one of tokenizer_config.json (of several: `default`)."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        try:
+            if path.stat().st_size > MAX_TEMPLATE_BYTES:
+                raise ModelLoadError(f"{path} is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise ModelLoadError(f"{path} can't be read as text") from None
+    path = directory / "chat_template.json"
+    if path.exists():
+        template = read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template")
+    else:
+        path = directory / "tokenizer_config.json"
+        template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelLoadError(f"{path}: chat_template must be a string or a list of named strings")
+    return template
