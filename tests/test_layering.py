@@ -17,7 +17,7 @@ OWNERS = {
     "falcon": ("api",),
     "gunicorn": ("api/server.py",),
     "jinja2": ("chat/template.py",),
-    "tokenizers": ("chat",),
+    "tokenizers": ("chat/tokenizer.py",),
     "pickle": (),
     "torch": (),
     "transformers": (),

@@ -1,0 +1,76 @@
+"""Request bodies: size, type and strict JSON, checked before any field is looked at."""
+
+import re
+from typing import TypeVar
+
+import falcon
+import msgspec
+
+from mlx_server.api.errors import HttpError
+from mlx_server.errors import InvalidRequestError
+
+MAX_BODY_BYTES = 8 << 20
+
+_MAX_DESCRIPTION = 200  # it may quote the client's value
+
+_T = TypeVar("_T")
+_PATH = re.compile(r"(?P<message>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+_MISSING_FIELD = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
+
+
+def decode_body(req: falcon.Request, decoder: msgspec.json.Decoder[_T]) -> _T:
+    """The request's JSON body. InvalidRequestError, with the field's path as `param`, if `decoder` refuses it."""
+    _check_headers(req)
+    body = _read(req)
+    try:
+        body.decode()  # the decoder does not look into strings that it skips
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequestError("The body is not valid JSON in UTF-8.", code="invalid_json") from None
+
+
+def _check_headers(req: falcon.Request) -> None:
+    media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
+    # A browser sends other types across origins without asking first.
+    if media_type != "application/json":
+        raise HttpError(415, "unsupported_media_type", "The body must be sent as Content-Type: application/json.")
+    if (req.get_header("content-encoding") or "identity").strip().lower() != "identity":
+        raise HttpError(415, "unsupported_content_encoding", "Compressed bodies are not supported.")
+
+
+def _read(req: falcon.Request) -> bytes:
+    chunked = "chunked" in (req.get_header("transfer-encoding") or "").lower()
+    length = MAX_BODY_BYTES + 1 if chunked else req.content_length or 0
+    if length > MAX_BODY_BYTES and not chunked:
+        raise _too_large()
+    try:
+        # Not falcon's bounded_stream: it is empty for chunked bodies.
+        body: bytes = req.env["wsgi.input"].read(length)
+    except OSError:  # the connection's end, or chunks that are none
+        raise _incomplete() from None
+    if len(body) > MAX_BODY_BYTES:
+        raise _too_large()
+    if not chunked and len(body) < length:
+        raise _incomplete()
+    return body
+
+
+def _incomplete() -> HttpError:
+    return HttpError(400, "incomplete_body", "The body could not be read to its end.")
+
+
+def _too_large() -> HttpError:
+    return HttpError(413, "request_too_large", f"The body is larger than {MAX_BODY_BYTES} bytes.")
+
+
+def _invalid_field(description: str) -> InvalidRequestError:
+    """msgspec's description of a mismatch, such as "Expected `int`, got `str` - at `$.seed`", as an error of ours."""
+    path = ""
+    if match := _PATH.fullmatch(description):
+        description, path = match["message"], match["path"]
+    if match := _MISSING_FIELD.fullmatch(description):
+        path = f"{path}.{match['field']}".lstrip(".")
+    subject = f"`{path}`" if path else "The body"
+    return InvalidRequestError(f"{subject}: {description[:_MAX_DESCRIPTION]}.", param=path or None)

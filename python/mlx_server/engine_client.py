@@ -1,0 +1,249 @@
+"""The API process's end of the socket to the engine: submits requests and hands each its outputs.
+
+One background thread owns the ZeroMQ sockets. Request threads put their messages into a queue and wake that thread
+through a pipe; it puts outputs into the queue of the stream that they belong to. Each connection gets a fresh socket,
+so nothing of a dead engine can reach requests made later, and the other way round.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from mlx_server.errors import OverloadedError
+from mlx_server.sampling_params import SamplingParams
+from mlx_server.wire import (
+    MAX_FRAME_BYTES,
+    Cancel,
+    ClientMessage,
+    EngineInfo,
+    EngineMessage,
+    Failed,
+    Finished,
+    Hello,
+    RequestOutput,
+    StepOutput,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
+
+_RECONNECT_MS = 50
+# A stopped engine process keeps its socket open; only missing heartbeats tell. libzmq's own thread answers them, so a
+# long step does not look like that.
+_HEARTBEAT_MS = 1000
+_HEARTBEAT_TIMEOUT_MS = 4000
+_RETRY_AFTER_S = 5
+_END_OF_CONNECTION = (
+    zmq.EVENT_DISCONNECTED,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
+
+
+class EngineStream:
+    """The outputs of one submitted request: any number of `Tokens`, then one `Finished` or `Failed`."""
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+    def get(self, timeout_s: float) -> list[RequestOutput] | None:
+        """All outputs that are there; waits up to `timeout_s` for the first. None: nothing came in that time."""
+        try:
+            outputs = [self._outputs.get(timeout=max(timeout_s, 0.0))]
+        except queue.Empty:
+            return None
+        while not self._outputs.empty():
+            outputs.append(self._outputs.get_nowait())  # this thread is the only reader
+        return outputs
+
+    def close(self) -> None:
+        """End the request, if it still runs, and let the engine drop its work. May be called more than once."""
+        self._cancel(self.request_id)
+
+    def put(self, output: RequestOutput) -> None:
+        """For the client's background thread."""
+        self._outputs.put(output)
+
+
+class EngineClient:
+    """A connection to the engine at `address` that mends itself. Made and started after a fork, never before."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(EngineMessage)
+        self._lock = threading.Lock()  # guards _info and _streams
+        self._info: EngineInfo | None = None
+        self._streams: dict[str, EngineStream] = {}
+        self._outbox: queue.SimpleQueue[ClientMessage] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Fail the open streams and end the background thread."""
+        self.fail_streams("server_stopping", "The server is shutting down.")
+        self._closing = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def info(self) -> EngineInfo:
+        """What the engine said of its model. OverloadedError while it is starting."""
+        with self._lock:
+            return self._ready_info()
+
+    def submit(
+        self, prompt_token_ids: list[int], max_tokens: int, end_token_ids: list[int], sampling: SamplingParams
+    ) -> EngineStream:
+        """Start a request. OverloadedError while the engine is starting."""
+        stream = EngineStream(uuid.uuid4().hex, self._cancel)
+        with self._lock:
+            self._ready_info()
+            self._streams[stream.request_id] = stream
+        self._send(Submit(stream.request_id, prompt_token_ids, max_tokens, end_token_ids, sampling))
+        return stream
+
+    def fail_streams(self, code: str, message: str) -> None:
+        """End every open stream with a `Failed` of our own and forget the engine until it says `EngineInfo` again."""
+        with self._lock:
+            self._info = None
+            streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.put(Failed(stream.request_id, code, message))
+
+    def _ready_info(self) -> EngineInfo:
+        if self._info is None:
+            raise OverloadedError(
+                "The engine is starting; try again soon.", code="engine_starting", retry_after_s=_RETRY_AFTER_S
+            )
+        return self._info
+
+    def _cancel(self, request_id: str) -> None:
+        with self._lock:
+            stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._send(Cancel(request_id))
+
+    def _send(self, message: ClientMessage) -> None:
+        self._outbox.put(message)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+            os.write(self._wake_write, b"\0")
+
+    # --- the background thread ---
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        while not self._closing:
+            with context.socket(zmq.DEALER) as dealer:
+                self._configure(dealer)
+                monitor = dealer.get_monitor_socket()
+                dealer.connect(self._address)
+                self._serve(dealer, monitor)
+                dealer.disable_monitor()
+                monitor.close(linger=0)
+            self.fail_streams("engine_died", "The engine ended while it worked on this request.")
+        context.term()
+
+    def _configure(self, dealer: zmq.Socket[bytes]) -> None:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        dealer.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        # The API's threads bound the requests in flight, so that the queues need no bound of their own.
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+
+    def _serve(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        """Wait for the engine, then pass messages on until the connection ends."""
+        poller = zmq.Poller()
+        poller.register(self._wake_read, select.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        poller.register(dealer, zmq.POLLIN)
+        connected = False
+        while not self._closing:
+            ready: dict[Any, int] = dict(poller.poll())
+            if self._wake_read in ready:
+                _drain(self._wake_read)
+            if dealer in ready and not self._receive(dealer):
+                return
+            if monitor in ready:
+                event = recv_monitor_message(monitor)["event"]
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    dealer.send(self._encoder.encode(Hello()))
+                    connected = True
+                elif event in _END_OF_CONNECTION and connected:
+                    log.warning("lost the connection to the engine")
+                    return
+            self._flush_outbox(dealer if connected else None)
+
+    def _flush_outbox(self, dealer: zmq.Socket[bytes] | None) -> None:
+        """Send what request threads left. What was meant for an engine that is gone is dropped: its streams ended."""
+        while not self._outbox.empty():
+            message = self._outbox.get_nowait()
+            if dealer is None:
+                continue
+            if isinstance(message, Submit):
+                with self._lock:
+                    if message.request_id not in self._streams:
+                        continue
+            dealer.send(self._encoder.encode(message))
+
+    def _receive(self, dealer: zmq.Socket[bytes]) -> bool:
+        """Hand out all messages that are there; false if one can't be read, since no stream can be trusted then."""
+        try:
+            while True:
+                self._handle(self._decoder.decode(dealer.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            return True
+        except msgspec.DecodeError as error:
+            log.error("the engine sent what is no message: %s", error)
+            return False
+
+    def _handle(self, message: EngineMessage) -> None:
+        match message:
+            case EngineInfo():
+                log.info("connected to the engine")
+                with self._lock:
+                    self._info = message
+            case StepOutput(outputs):
+                for output in outputs:
+                    self._deliver(output)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        with self._lock:
+            if isinstance(output, Finished | Failed):
+                stream = self._streams.pop(output.request_id, None)
+            else:
+                stream = self._streams.get(output.request_id)
+        if stream is not None:  # None: cancelled while the output was on its way
+            stream.put(output)
+
+
+def _drain(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while os.read(fd, 4096):
+            pass

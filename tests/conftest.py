@@ -1,0 +1,19 @@
+"""Fixtures of several suites."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from fake_engine import Backend
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> "Iterator[Backend]":
+    from fake_engine import Backend  # noqa: PLC0415 - only its users need falcon
+
+    backend = Backend(tmp_path)
+    yield backend
+    backend.close()

@@ -1,0 +1,220 @@
+"""Stand-ins that let the API side run without a model: an engine that follows a script, and a tokenizer of bytes."""
+
+import codecs
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from mlx_server.api.app import create_app
+from mlx_server.api.deps import Deps
+from mlx_server.api.middleware import AccessLog
+from mlx_server.chat.served_model import ServedModel
+from mlx_server.engine_client import EngineClient
+from mlx_server.errors import OverloadedError
+from mlx_server.sampling_params import SamplingParams
+from mlx_server.wire import (
+    Cancel,
+    ClientMessage,
+    EngineInfo,
+    Failed,
+    Finished,
+    Hello,
+    RequestOutput,
+    StepOutput,
+    Submit,
+    Tokens,
+)
+
+END = 256  # the end token; 0…255 are the bytes
+Script = Callable[[Submit], Iterator[RequestOutput | None]]  # an output a step; None: nothing in this step
+
+
+def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait until something is so; fail if it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def answer(text: str | bytes = "Hello!") -> Script:
+    """Each byte of the text as a token of its own, then the end; cut at the request's max_tokens."""
+    data = text.encode() if isinstance(text, str) else text
+
+    def script(submit: Submit) -> Iterator[RequestOutput]:
+        token_ids = [*data, END][: submit.max_tokens]
+        ended = token_ids[-1] == END
+        for token_id in token_ids[:-1]:
+            yield Tokens(submit.request_id, [token_id])
+        last = [] if ended else token_ids[-1:]
+        yield Finished(submit.request_id, last, "stop" if ended else "length", 0, len(token_ids))
+
+    return script
+
+
+def endless(submit: Submit) -> Iterator[RequestOutput]:
+    """`x` at each step, for ever."""
+    while True:
+        yield Tokens(submit.request_id, [ord("x")])
+
+
+def silent(submit: Submit) -> Iterator[None]:
+    """No token at all."""
+    while True:
+        yield None
+
+
+def failing(code: str, after: str = "") -> Script:
+    """Some text, then a failure."""
+
+    def script(submit: Submit) -> Iterator[RequestOutput]:
+        for token_id in after.encode():
+            yield Tokens(submit.request_id, [token_id])
+        yield Failed(submit.request_id, code, "The engine failed.")
+
+    return script
+
+
+class FakeEngine:
+    """The engine's end of the socket, in a thread. Answers every request with `script`."""
+
+    def __init__(self, address: str, *, context_length: int = 100) -> None:
+        self.address = address
+        self.script: Script = answer()
+        self.submits: list[Submit] = []
+        self.cancelled: list[str] = []
+        self.running: dict[str, Iterator[RequestOutput | None]] = {}
+        self.num_hellos = 0
+        self.silent = False  # take connections, but say nothing
+        self._info = EngineInfo(context_length=context_length, vocab_size=END + 1)
+        self._connections: dict[str, bytes] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Die: all connections end, without a word."""
+        self._stopping.set()
+        self._thread.join()
+        self._socket.close()
+        self._context.term()
+
+    def send(self, connection: bytes, message: EngineInfo | StepOutput) -> None:
+        self._socket.send_multipart([connection, msgspec.msgpack.encode(message)])
+
+    def _run(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ClientMessage)
+        while not self._stopping.is_set():
+            while self._socket.poll(1 if self.running else 20):
+                connection, frame = self._socket.recv_multipart()
+                self._handle(connection, decoder.decode(frame))
+            for request_id, script in list(self.running.items()):
+                output = next(script)
+                if isinstance(output, Finished | Failed):
+                    del self.running[request_id]
+                if output is not None:
+                    self.send(self._connections[request_id], StepOutput([output]))
+
+    def _handle(self, connection: bytes, message: ClientMessage) -> None:
+        match message:
+            case Hello():
+                self.num_hellos += 1
+                if not self.silent:
+                    self.send(connection, self._info)
+            case Submit(request_id=request_id):
+                self.submits.append(message)
+                self._connections[request_id] = connection
+                self.running[request_id] = self.script(message)
+            case Cancel(request_id=request_id):
+                self.cancelled.append(request_id)
+                self.running.pop(request_id, None)
+
+
+class ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(bytes([token_id]))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        return list(rendered.encode())
+
+    def stream(self) -> ByteStream:
+        return ByteStream()
+
+
+class PlainTemplate:
+    """`role: content` lines."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+
+def fake_model(name: str = "org/tiny") -> ServedModel:
+    return ServedModel(name, ByteTokenizer(), PlainTemplate(), [END], SamplingParams(temperature=0.5, top_k=7))
+
+
+def fake_deps(engine: EngineClient, **changes: Any) -> Deps:
+    settings: dict[str, Any] = {
+        "model": fake_model(),
+        "engine": engine,
+        "max_tokens": 64,
+        "timeout_s": 30.0,
+        "created": 1_700_000_000,
+        "fingerprint": "mlx-server-test",
+    }
+    return Deps(**(settings | changes))
+
+
+class Backend:
+    """A fake engine, a client of it, and apps on top."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = f"ipc://{folder}/engine"
+        self.engine = FakeEngine(self.address)
+        self.client = EngineClient(self.address)
+        self.client.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the engine is known."""
+        until(self._is_ready)
+
+    def app(self, **changes: Any) -> AccessLog:
+        return create_app(fake_deps(self.client, **changes))
+
+    def restart_engine(self) -> None:
+        self.engine.stop()
+        until(lambda: not self._is_ready())
+        self.engine = FakeEngine(self.address)
+        self.wait()
+
+    def close(self) -> None:
+        self.client.close()
+        with contextlib.suppress(zmq.ZMQError):  # a test may have stopped it
+            self.engine.stop()
+
+    def _is_ready(self) -> bool:
+        try:
+            self.client.info()
+        except OverloadedError:
+            return False
+        return True
