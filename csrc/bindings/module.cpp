@@ -11,4 +11,5 @@ NB_MODULE(_ext, m) {
   mlx_server::bind_kv(m);
   mlx_server::bind_linear(m);
   mlx_server::bind_paged_attention(m);
+  mlx_server::bind_sampling(m);
 }

@@ -171,7 +171,7 @@ def test_write_kv_is_in_place_when_the_pool_has_no_other_user() -> None:
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     pool = mx.zeros((4, 16, 2, 64))
-    arguments = {
+    arguments: dict[str, Any] = {
         "q": mx.zeros((3, 4, 64)),
         "k_pool": pool,
         "v_pool": pool,

@@ -1,5 +1,8 @@
-"""Attention over a paged KV cache (Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with
-PagedAttention"). Letters: T tokens of all rows, B rows, H heads, Hk key/value heads, D head size, N blocks of the pool."""
+"""Attention over a paged KV cache.
+
+After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention". Letters:
+T tokens of all rows, B rows, H heads, Hk key/value heads, D head size, N blocks of the pool.
+"""
 
 import mlx.core as mx
 
@@ -44,8 +47,8 @@ def paged_attention(
     Args:
         q: [T, H, D], T = sum(query_lens), the rows one after the other; H is a multiple of Hk (grouped queries).
         k_pool, v_pool: [N, block_size, Hk, D].
-        block_tables: [B, M] int32, the blocks of each row in order. Entries behind the context are not read; the values of
-            the others are not checked.
+        block_tables: [B, M] int32, the blocks of each row in order. Entries behind the context are not read; the values
+            of the others are not checked.
         query_lens, context_lens: B integers, 1 <= query_len <= context_len <= M * block_size.
         scale: factor of the scores before softmax, usually D ** -0.5.
     Returns:

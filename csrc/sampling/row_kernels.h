@@ -1,0 +1,50 @@
+// The loops of sampling that touch a whole row of logits, for each instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace mlx_server {
+
+// A token's key is the bit pattern of |scaled|, where scaled = (logit - max) / temperature <= 0. Non-negative floats
+// order as their bits do, so keys order the tokens: 0 is the likeliest.
+using Key = std::int32_t;
+inline constexpr Key kKeyEnd = 0x7f800001;  // above the key of -infinity
+
+// Arrays of keys and weights have a multiple of this many elements. Padding is never kept: key kKeyEnd, weight 0.
+inline constexpr std::size_t kRowPadding = 512;
+constexpr std::size_t padded(std::size_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
+
+struct RowMax {
+  float value;  // NaN left out
+  bool has_nan;
+};
+
+struct Mass {
+  std::int64_t count;
+  double weight;
+};
+
+struct RowKernels {
+  const char* name;
+  // Over n logits.
+  RowMax (*max)(const float* logits, std::size_t n);
+  // First index of `value`, which is one of the n logits.
+  std::size_t (*find)(const float* logits, std::size_t n, float value);
+  // Keys and weights exp(scaled) of n logits, and their padding.
+  void (*scale)(const float* logits, std::size_t n, float max, float temperature, Key* keys, float* weights);
+  // Number and weight of the tokens with key < end; n is padded.
+  Mass (*mass_below)(const Key* keys, const float* weights, std::size_t n, Key end);
+  // The tokens with begin <= key < end, in order, written to other arrays with room for padded(their number); that
+  // number.
+  std::size_t (*select)(const Key* keys, const float* weights, std::size_t n, Key begin, Key end, Key* out_keys,
+                        float* out_weights);
+};
+
+// The kernels that this processor can run, best first.
+std::span<const RowKernels* const> row_kernels();
+
+extern const RowKernels kRowKernelsAvx2, kRowKernelsPortable;
+
+}  // namespace mlx_server
