@@ -17,7 +17,7 @@ OWNERS = {
     "falcon": ("api",),
     "gunicorn": ("api/server.py",),
     "jinja2": ("chat/template.py",),
-    "tokenizers": ("chat/tokenizer.py",),
+    "tokenizers": ("chat",),
     "pickle": (),
     "torch": (),
     "transformers": (),

@@ -44,7 +44,7 @@ def load_gguf_tensors(header: GGUF, head_dim: int) -> tuple[dict[str, mx.array],
     for name, info in header.tensors.items():
         if info.type not in _TYPES:
             raise ModelLoadError(
-                f"{header.path}: tensor {name} has type {info.type}, which is not supported (supported: {', '.join(_TYPES)})"
+                f"{header.path}: tensor {name} has type {info.type}, not supported (supported: {', '.join(_TYPES)})"
             )
         if info.type in _BITS:
             plan[_layer_name(header, name)] = Quantization(group_size=32, bits=_BITS[info.type])
@@ -70,8 +70,8 @@ def _layer_name(header: GGUF, tensor_name: str) -> str:
 
 
 def _half_split_rows(num_rows: int, head_dim: int, where: str) -> mx.array:
-    """Indices that undo GGUF's order of q and k rows: there the two features that RoPE turns together stand side by side,
-    here half a head apart."""
+    """Indices that undo GGUF's order of q and k rows: features that RoPE turns together stand side by side in the file, half
+    a head apart in the model."""
     if head_dim <= 0 or head_dim % 2 or num_rows % head_dim:
         raise ModelLoadError(f"{where} has {num_rows} rows, which are no heads of size {head_dim}")
     return mx.array(np.arange(num_rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).ravel())

@@ -1,6 +1,5 @@
-"""Llama 2, 3 and 3.1, and what is built like them: CodeLlama, SmolLM2 … (https://arxiv.org/abs/2307.09288, 2407.21783)."""
+"""Llama 2, 3 and 3.1 (https://arxiv.org/abs/2307.09288, 2407.21783) and models built alike: CodeLlama, SmolLM2 …"""
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import mlx.core as mx
@@ -33,7 +32,7 @@ class LlamaArgs(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool | None = None  # None: tied if the checkpoint has no lm_head
+    tie_word_embeddings: bool | None = None  # False: there must be an lm_head; else there may be one
 
     @property
     def num_kv_heads(self) -> int:
@@ -113,9 +112,8 @@ class Llama:
             DecoderLayer(args, layer, freqs, model.at(f"layers.{layer}")) for layer in range(args.num_hidden_layers)
         ]
         self.norm = RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps)
-        self.head: Callable[[mx.array], mx.array] = self.embed_tokens.as_linear
-        if args.tie_word_embeddings is False or weights.has("lm_head.weight"):
-            self.head = Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
+        tied = not weights.has("lm_head.weight") and args.tie_word_embeddings is not False
+        self.lm_head = None if tied else Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
 
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype)
         self.context_length = args.max_position_embeddings
@@ -128,4 +126,5 @@ class Llama:
         return self.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        return self.head(hidden).astype(mx.float32)  # [R, V]
+        head = self.lm_head or self.embed_tokens.as_linear
+        return head(hidden).astype(mx.float32)  # [R, V]

@@ -24,8 +24,8 @@ ARCHITECTURES: dict[str, Callable[[JsonObject, Weights], Model]] = {"llama": Lla
 def load_model(path: str) -> Model:
     """The model of a directory (config.json, *.safetensors) or of a .gguf file, its weights evaluated.
 
-    On the CPU everything but packed weights is cast to float32, which loses nothing and is many times faster there; on a
-    GPU activations have the checkpoint's dtype. ModelLoadError says what is missing, broken or not supported.
+    On the CPU everything but packed weights is cast to float32, which loses nothing and is many times faster there; on
+    a GPU activations have the checkpoint's dtype. ModelLoadError says what is missing, broken or not supported.
     """
     config = load_config(Path(path))
     model_type = config.get("model_type")

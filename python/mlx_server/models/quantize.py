@@ -13,7 +13,7 @@ _BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4
 
 
 class Quantization(msgspec.Struct, frozen=True):
-    """How a matrix [N, K] is stored: as `mx.quantize` does, with weight [N, K * bits / 32] and scales [N, K / group_size]."""
+    """How `mx.quantize` stored a matrix [N, K]: weight [N, K * bits / 32] uint32, scales [N, K / group_size]."""
 
     group_size: int
     bits: int
@@ -29,7 +29,7 @@ class Quantization(msgspec.Struct, frozen=True):
 
 
 class QuantizationPlan(msgspec.Struct, frozen=True):
-    """Which layers are quantized and how; keys of `overrides` are layers' names as in the checkpoint, None: not quantized."""
+    """Which layers are quantized and how; `overrides` by the layer's name in the checkpoint, None if not quantized."""
 
     default: Quantization | None = None
     overrides: dict[str, Quantization | None] = {}
@@ -44,8 +44,8 @@ class QuantizationPlan(msgspec.Struct, frozen=True):
 def read_plan(config: JsonObject, source: str) -> QuantizationPlan:
     """The plan of a config.json; `source` begins each message of a ModelLoadError.
 
-    mlx-lm writes {"group_size": 64, "bits": 4, "mode": "affine", "model.layers.0.mlp.down_proj": {...} | false, ...}, under
-    `quantization` and again under `quantization_config`, where other libraries write methods of their own.
+    MLX's block is {"group_size": 64, "bits": 4, "mode": "affine", "model.layers.0.mlp.down_proj": {...} or false, ...}.
+    It is also written to `quantization_config`, where other libraries put methods of their own.
     """
     block = config.get("quantization") or config.get("quantization_config")
     if block is None:
@@ -54,7 +54,7 @@ def read_plan(config: JsonObject, source: str) -> QuantizationPlan:
         raise ModelLoadError(f"{source}: quantization must be an object")
     if "quant_method" in block and "quantization" not in config:
         raise ModelLoadError(
-            f"{source}: weights quantized with {block['quant_method']} are not supported; use an MLX or GGUF version of the model"
+            f"{source}: quantization method {block['quant_method']!r} is not supported; use an MLX or GGUF form"
         )
     default = convert(block, Quantization, f"{source}: quantization")
     overrides: dict[str, Quantization | None] = {}

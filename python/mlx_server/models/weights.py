@@ -7,10 +7,9 @@ from mlx_server.models.quantize import Quantization, QuantizationPlan
 
 
 class Weights:
-    """Tensors under a prefix of their names. Layers take theirs by name and shape; what is left over in the end is a fault.
+    """Tensors under a prefix of their names. Layers take theirs by name and shape; what is left in the end is a fault.
 
-    `take` removes a tensor, so that nothing holds it but its layer, and casts floating point to `dtype`, which is the
-    dtype of all activations.
+    A tensor is taken once, so that only its layer holds it. Floating point is cast to `dtype`, that of activations.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Weights:
             raise ModelLoadError(f"{self.source}: tensor {name} is missing")
         if tensor.shape != shape:
             raise ModelLoadError(
-                f"{self.source}: tensor {name} has shape {tensor.shape}, but by the model's configuration it must be {shape}"
+                f"{self.source}: tensor {name} has shape {tensor.shape}, but the configuration asks for {shape}"
             )
         if not mx.issubdtype(tensor.dtype, dtype):
             raise ModelLoadError(f"{self.source}: tensor {name} has dtype {tensor.dtype}, but it must be {dtype}")
@@ -63,8 +62,8 @@ class Weights:
             del self._tensors[name]
 
     def check_all_taken(self) -> None:
+        """ModelLoadError if a tensor is left over."""
         if self._tensors:
-            first = min(self._tensors)
-            raise ModelLoadError(
-                f"{self.source}: {len(self._tensors)} tensors are no part of this model, such as {first} {self._tensors[first].shape}"
-            )
+            name, tensor = min(self._tensors.items())
+            count = len(self._tensors)
+            raise ModelLoadError(f"{self.source}: tensor {name} {tensor.shape} is no part of the model ({count} such)")

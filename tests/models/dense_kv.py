@@ -1,0 +1,63 @@
+"""A KV cache of plain arrays: what models are tested with."""
+
+import mlx.core as mx
+import numpy as np
+
+
+class DenseKV:
+    """Keys and values of several requests, each request's in arrays of its own."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, int] = {}
+        self.arrays: dict[tuple[str, int], tuple[mx.array, mx.array]] = {}
+
+
+class DenseContext:
+    """`AttentionContext` of one step, in which each request of `num_tokens` has so many tokens."""
+
+    def __init__(self, kv: DenseKV, num_tokens: dict[str, int]) -> None:
+        starts = {name: kv.lengths.get(name, 0) for name in num_tokens}
+        positions = [np.arange(starts[name], starts[name] + count) for name, count in num_tokens.items()]
+        self.positions = mx.array(np.concatenate(positions).astype(np.int32))
+        self._kv, self._num_tokens = kv, num_tokens
+        kv.lengths |= {name: starts[name] + count for name, count in num_tokens.items()}
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+        ends = np.cumsum(list(self._num_tokens.values()))[:-1].tolist()
+        parts = zip(self._num_tokens, mx.split(q, ends), mx.split(k, ends), mx.split(v, ends), strict=True)
+        return mx.concatenate([self._attend_one((name, layer), q, k, v, scale) for name, q, k, v in parts])
+
+    def _attend_one(self, key: tuple[str, int], q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        if key in self._kv.arrays:
+            old_k, old_v = self._kv.arrays[key]
+            k, v = mx.concatenate([old_k, k]), mx.concatenate([old_v, v])
+        self._kv.arrays[key] = k, v
+        q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        return y[0].swapaxes(0, 1)
+
+
+def step(model, kv: DenseKV, tokens: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """Run the next tokens of each request in one batch; the logits [T, V] of each."""
+    token_ids = mx.array([token_id for ids in tokens.values() for token_id in ids], mx.int32)
+    ctx = DenseContext(kv, {name: len(ids) for name, ids in tokens.items()})
+    logits = np.array(model.logits(model(token_ids, ctx)))
+    ends = np.cumsum([len(ids) for ids in tokens.values()])[:-1]
+    return dict(zip(tokens, np.split(logits, ends), strict=True))
+
+
+def prompt_logits(model, token_ids: list[int]) -> np.ndarray:
+    """Logits [T, V] of one prompt in one piece."""
+    return step(model, DenseKV(), {"": token_ids})[""]
+
+
+def greedy(model, prompt: list[int], count: int, end_token_ids: tuple[int, ...] = ()) -> list[int]:
+    """The next `count` most likely tokens, or fewer if an end token (not returned) comes first."""
+    kv, tokens, output = DenseKV(), list(prompt), list[int]()
+    while len(output) < count:
+        best = int(step(model, kv, {"": tokens})[""][-1].argmax())
+        if best in end_token_ids:
+            break
+        output.append(best)
+        tokens = [best]
+    return output

@@ -1,0 +1,186 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_server.errors import ModelLoadError
+from mlx_server.models.loader import load_model
+from models.checkpoints import CONFIG, dequantized, quantized, random_weights, save
+from models.dense_kv import prompt_logits
+from reference.llama import llama_logits
+
+TOKEN_IDS = np.random.default_rng(0).integers(0, 64, 20).tolist()
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+UNTIED = CONFIG | {"tie_word_embeddings": False}
+
+
+def check(directory: str, weights: dict[str, mx.array]) -> None:
+    """The model of `directory` computes what the NumPy model does with `weights`."""
+    expected = llama_logits(CONFIG, {name: np.array(weight) for name, weight in weights.items()}, TOKEN_IDS)
+    np.testing.assert_allclose(prompt_logits(load_model(directory), TOKEN_IDS), expected, 0, 1e-4)
+
+
+def test_reads_shards_named_by_an_index(tmp_path):
+    weights = random_weights(CONFIG)
+    save(tmp_path, CONFIG, {})
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate((names[:5], names[5:]), start=1):
+        file = f"model-{i:05}-of-00002.safetensors"
+        mx.save_safetensors(str(tmp_path / file), {name: weights[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    check(str(tmp_path), weights)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_reads_half_precision_without_loss(dtype, tmp_path):
+    weights = {name: weight.astype(dtype) for name, weight in random_weights(CONFIG).items()}
+    check(save(tmp_path, CONFIG, weights), {name: weight.astype(mx.float32) for name, weight in weights.items()})
+
+
+def test_keeps_the_dtype_of_the_checkpoint_on_a_gpu(tmp_path, monkeypatch):
+    weights = {name: weight.astype(mx.bfloat16) for name, weight in random_weights(CONFIG).items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(mx.float32)
+    weights = quantized(weights, Q_PROJ, group_size=32, bits=4)
+    directory = save(tmp_path, CONFIG | {"quantization": {"group_size": 32, "bits": 4}}, weights)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert load_model(directory).kv_spec.dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"group_size": group_size, "bits": bits} for group_size in (32, 64) for bits in (2, 3, 4, 5, 6, 8)),
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+    ],
+    ids=lambda how: "-".join(map(str, how.values())),
+)
+def test_reads_every_quantization(how, tmp_path):
+    weights = random_weights(UNTIED)
+    stored, plain = weights, dict(weights)
+    for layer in ("model.embed_tokens", "lm_head", Q_PROJ, "model.layers.0.mlp.down_proj"):
+        stored = quantized(stored, layer, **how)
+        plain[f"{layer}.weight"] = dequantized(stored, layer, **how)
+    check(save(tmp_path, UNTIED | {"quantization": how}, stored), plain)
+
+
+def test_follows_overrides_of_single_layers(tmp_path):
+    four, eight = {"group_size": 64, "bits": 4}, {"group_size": 32, "bits": 8}
+    weights = random_weights(UNTIED)
+    stored = quantized(quantized(weights, "model.embed_tokens", **four), Q_PROJ, **eight)
+    block = {**four, "mode": "affine", Q_PROJ: eight, "lm_head": False}
+    directory = save(tmp_path, UNTIED | {"quantization": block, "quantization_config": block}, stored)
+    plain = {
+        "model.embed_tokens.weight": dequantized(stored, "model.embed_tokens", **four),
+        f"{Q_PROJ}.weight": dequantized(stored, Q_PROJ, **eight),
+    }
+    check(directory, weights | plain)
+
+
+def test_an_lm_head_is_used_whatever_the_config_says(tmp_path):
+    weights = random_weights(UNTIED)
+    config = {key: value for key, value in UNTIED.items() if key != "tie_word_embeddings"}
+    check(save(tmp_path, config, weights), weights)
+
+
+def test_ignores_stored_rope_frequencies(tmp_path):
+    weights = random_weights(CONFIG)
+    stored = weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.zeros(8)}
+    check(save(tmp_path, CONFIG, stored), weights)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    weights = random_weights(CONFIG)
+    del weights[f"{Q_PROJ}.weight"]
+    with pytest.raises(ModelLoadError, match=rf"tensor {Q_PROJ}.weight is missing"):
+        load_model(save(tmp_path, CONFIG, weights))
+
+
+def test_a_missing_lm_head_is_named_if_the_config_asks_for_one(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"tensor lm_head.weight is missing"):
+        load_model(save(tmp_path, UNTIED, random_weights(CONFIG)))
+
+
+def test_a_tensor_too_many_is_named(tmp_path):
+    weights = random_weights(CONFIG) | {f"{Q_PROJ}.bias": mx.zeros(64)}
+    with pytest.raises(ModelLoadError, match=rf"tensor {Q_PROJ}.bias \(64,\) is no part of the model"):
+        load_model(save(tmp_path, CONFIG, weights))
+
+
+def test_a_wrong_shape_is_shown_with_the_right_one(tmp_path):
+    weights = random_weights(CONFIG)
+    with pytest.raises(ModelLoadError, match=r"embed_tokens.weight has shape \(64, 64\), .* asks for \(65, 64\)"):
+        load_model(save(tmp_path, CONFIG | {"vocab_size": 65}, weights))
+
+
+def test_a_quantization_that_contradicts_the_tensors_is_shown(tmp_path):
+    weights = quantized(random_weights(CONFIG), Q_PROJ, group_size=32, bits=4)
+    config = CONFIG | {"quantization": {"group_size": 32, "bits": 8}}
+    with pytest.raises(ModelLoadError, match=rf"{Q_PROJ}.weight has shape \(64, 8\), .* asks for \(64, 16\)"):
+        load_model(save(tmp_path, config, weights))
+
+
+def test_integers_are_no_weights(tmp_path):
+    weights = random_weights(CONFIG)
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(mx.int32)
+    with pytest.raises(ModelLoadError, match=r"model.norm.weight has dtype .*int32"):
+        load_model(save(tmp_path, CONFIG, weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: llama\)"),
+        ({"model_type": ["llama"]}, "model_type .* is not supported"),
+        ({"hidden_size": "64"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
+        ({"num_hidden_layers": 0}, r"Expected `int` >= 1 - at `\$.num_hidden_layers`"),
+        ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key-value heads"),
+        ({"head_dim": 13}, "head size 13 must be even"),
+        ({"hidden_act": "gelu"}, r"hidden_act"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            r"rope_type 'yarn' is not supported \(supported: default",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "RoPE parameters: .*missing required field `factor`"),
+        ({"rope_parameters": {"full_attention": {}}}, "RoPE parameters: .*missing required field `rope_theta`"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"quantization": {"group_size": 32, "bits": 7}}, "bits of affine must be 2 or 3 .* but is 7"),
+        ({"quantization": {"group_size": 48, "bits": 4}}, "group_size of affine must be 32 or 64 or 128 but is 48"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "magic"}}, "quantization: .*magic"),
+        (
+            {"quantization": {"group_size": 32, "bits": 4, Q_PROJ: {"bits": 4}}},
+            f"quantization of {Q_PROJ}: .*group_size",
+        ),
+        ({"quantization": 4}, "quantization must be an object"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization method 'gptq' is not supported"),
+        ({"model_file": "model.py"}, "model_file"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_wrong_or_not_supported_is_refused(changes, fault, tmp_path):
+    with pytest.raises(ModelLoadError, match=fault) as error:
+        load_model(save(tmp_path, CONFIG | changes, random_weights(CONFIG)))
+    assert str(tmp_path) in error.value.message
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(tmp_path, CONFIG, random_weights(CONFIG))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelLoadError, match=str(path)):
+        load_model(str(tmp_path))
+
+
+def test_a_directory_without_weights_is_refused(tmp_path):
+    parity = Path(__file__).parent / "parity" / "llama"
+    shutil.copy(parity / "config.json", tmp_path)
+    with pytest.raises(ModelLoadError, match=r"no .*safetensors"):
+        load_model(str(tmp_path))
