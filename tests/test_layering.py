@@ -18,6 +18,7 @@ OWNERS = {
     "gunicorn": ("api/server.py",),
     "jinja2": ("chat/template.py",),
     "tokenizers": ("chat",),
+    "huggingface_hub": ("checkpoint/hub.py",),
     "pickle": (),
     "torch": (),
     "transformers": (),

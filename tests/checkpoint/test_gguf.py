@@ -20,7 +20,7 @@ METADATA = {
     "nested": [[1, 2], [3]],
     "empty": [],
 }
-TENSORS = {
+TENSORS: dict[str, np.ndarray | Q] = {
     "norm": np.arange(6, dtype=np.float32),
     "weight": Q((2, 64), 3, bytes(2 * 2 * 20)),
     "half": np.ones((3, 2), np.float16),

@@ -48,7 +48,7 @@ class Tokenizer:
         eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         self.end_token_ids = sorted({*end_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-        self._escapable = sorted(special, key=len, reverse=True) + [_OPEN, _CLOSE]
+        self._escapable = [*sorted(special, key=len, reverse=True), _OPEN, _CLOSE]
         self._escape_index = {text: i for i, text in enumerate(self._escapable)}
         self._escape_pattern = re.compile("|".join(map(re.escape, self._escapable)))
 

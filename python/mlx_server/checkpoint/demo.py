@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_server.checkpoint.progress import Advance, Progress
@@ -129,10 +129,8 @@ def _tree_bytes(directory: Path) -> int:
     total = 0
     for root, _, names in os.walk(directory):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += (Path(root) / name).stat().st_size
-            except FileNotFoundError:
-                continue
     return total
 
 

@@ -1,6 +1,6 @@
 """A bounded reader of GGUF headers (versions 2 and 3): metadata and where each tensor's data lies.
 
-MLX's own reader trusts the file, so nothing of a file reaches it, or is allocated, before everything here has been checked:
+MLX's own reader trusts the file, so nothing of a file reaches it, or is allocated, before everything here was checked:
 counts, lengths, types, nesting, alignment, and that each tensor's bytes are inside the file and nobody else's.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -68,7 +68,7 @@ _T = TypeVar("_T", bool, int, float, str)
 
 
 class GGUFTensor(msgspec.Struct, frozen=True):
-    """Where a tensor's data is. `shape` is in row-major order, the reverse of GGUF's, so a matrix is [rows, columns]."""
+    """Where a tensor's data is. `shape` is in row-major order, the reverse of GGUF's: a matrix is [rows, columns]."""
 
     shape: tuple[int, ...]
     type: str  # a name of BLOCK_TYPES

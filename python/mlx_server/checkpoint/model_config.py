@@ -69,7 +69,7 @@ def generation_defaults(path: Path) -> GenerationDefaults:
 
 
 def config_from_gguf(gguf: GGUF) -> JsonObject:
-    """A GGUF file's metadata under the names of a Hugging Face `config.json`. ModelLoadError if something is missing."""
+    """A GGUF file's metadata under the names of a Hugging Face `config.json`. ModelLoadError if it lacks one."""
     arch = gguf.require("general.architecture", str)
     if arch not in GGUF_ARCHITECTURES:
         known = ", ".join(sorted(GGUF_ARCHITECTURES))
@@ -129,7 +129,7 @@ def _rope_scaling(gguf: GGUF, arch: str, theta: float, head_dim: int) -> JsonObj
 
 
 def _llama3_scaling(gguf: GGUF, theta: float, head_dim: int) -> JsonObject:
-    """The `llama3` parameters whose frequency factors the file holds; ModelLoadError if no such parameters give them."""
+    """The `llama3` parameters whose frequency factors the file holds; ModelLoadError if none give them."""
     tensor = gguf.tensors["rope_freqs.weight"]
     if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
         raise ModelLoadError(f"{gguf.path}: tensor 'rope_freqs.weight' must be F32 with {head_dim // 2} values")

@@ -49,7 +49,7 @@ class TensorInfo(msgspec.Struct, frozen=True):
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, after everything in its header was checked. ModelLoadError says what is wrong."""
+    """The tensors of a safetensors file, all of its header checked. ModelLoadError says what is wrong."""
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
