@@ -40,8 +40,9 @@ struct Problem {
   // y of rows [begin, end)
   std::vector<float> solve(const LinearKernels& kernels, ThreadPool& pool, std::int64_t begin, std::int64_t end) const {
     std::vector<float> y(static_cast<std::size_t>((end - begin) * n));
-    const QuantizedLinear op{x.data() + begin * k, weight.data(), scales.data(), biases.data(), y.data(),
-                             end - begin,          n,             k,             group_size,    bits};
+    const QuantizedLinear op{
+        x.data() + begin * k, weight.data(), scales.data(), biases.data(), y.data(), end - begin, n, k,
+        group_size,           bits};
     mlx_server::quantized_linear(op, pool, kernels);
     return y;
   }
