@@ -1,12 +1,13 @@
 """Fixtures of several suites."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fake_engine import Backend
 
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_server.chat import template, tokenizer
+from mlx_server.checkpoint.model_config import GenerationDefaults, generation_defaults
+from mlx_server.config import ResolvedModel
 from mlx_server.sampling_params import SamplingParams
 
 
@@ -35,3 +39,20 @@ class ServedModel:
     template: Template
     end_token_ids: list[int]  # generation stops at any of them
     default_sampling: SamplingParams  # where a request says nothing
+
+
+def load_served_model(model: ResolvedModel) -> ServedModel:
+    """Read tokenizer, template and defaults of a model on disk, not its weights. ModelLoadError if one is broken."""
+    path = Path(model.path)
+    loaded = tokenizer.Tokenizer.load(path)
+    chat_template = template.ChatTemplate(
+        loaded.chat_template, bos_token=loaded.bos_token, eos_token=loaded.eos_token, escape=loaded.escape
+    )
+    return ServedModel(
+        model.name, loaded, chat_template, loaded.end_token_ids, _default_sampling(generation_defaults(path))
+    )
+
+
+def _default_sampling(defaults: GenerationDefaults) -> SamplingParams:
+    advised = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    return SamplingParams(**{name: value for name, value in advised.items() if value is not None})
