@@ -1,9 +1,10 @@
-"""Domain errors: raised where the fault is seen, turned into HTTP in one place (`api/errors.py`) and into an exit code in
-another (`cli`)."""
+"""Domain errors: raised where the fault is seen, turned into HTTP in one place (`api/errors.py`) and into an exit code
+in another (`cli`)."""
 
 
 class ServerError(Exception):
-    """Base of all errors that a user is meant to read: one sentence, no paths of ours, no exception text of a library."""
+    """Base of all errors that a user is meant to read: one sentence, no paths of ours, no exception text of a
+    library."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -31,7 +31,8 @@ class _Formatter(logging.Formatter):
 
 
 def configure(level: LogLevel, role: Role) -> None:
-    """Send this process's log to standard error. Libraries log only warnings: their lower levels tell URLs and headers."""
+    """Send this process's log to standard error. Libraries log only warnings: their lower levels tell URLs and
+    headers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(role, show_all_tracebacks=level == "debug"))
     root = logging.getLogger()

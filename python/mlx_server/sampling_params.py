@@ -6,8 +6,8 @@ import msgspec
 class SamplingParams(msgspec.Struct, frozen=True):
     """Parameters of `ops.sampling.sample`, in the order in which they apply.
 
-    The random stream is a pure function of `seed` and the token's position, so a request with a seed gives the same tokens
-    alone and in any batch.
+    The random stream is a pure function of `seed` and the token's position, so a request with a seed gives the same
+    tokens alone and in any batch.
     """
 
     temperature: float = 1.0  # >= 0; 0 is greedy

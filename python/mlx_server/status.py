@@ -1,8 +1,8 @@
 """What the supervisor and its children say to each other while they start and end.
 
 A child gets the write end of a pipe as `--status-fd` and writes one JSON object a line: any number of `Loading` and
-`Progress`, then one of `Resolved`, `Ready`, `Failed`. It gets the read end of another pipe, the lifeline, as its standard
-input: end of file there means that the supervisor is gone, however it died.
+`Progress`, then one of `Resolved`, `Ready`, `Failed`. It gets the read end of another pipe, the lifeline, as its
+standard input: end of file there means that the supervisor is gone, however it died.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Messages between the API processes and the engine: token ids and small structs, never text, never arrays.
 
-An API process connects a DEALER socket to the engine's ROUTER. Each frame is one msgpack-encoded message. Every submitted
-request id ends in exactly one `Finished` or `Failed`; if the engine dies, the client side makes the `Failed` itself.
+An API process connects a DEALER socket to the engine's ROUTER. Each frame is one msgpack-encoded message. Every
+submitted request id ends in exactly one `Finished` or `Failed`; if the engine dies, the client side makes the `Failed`
+itself.
 """
 
 from typing import Literal

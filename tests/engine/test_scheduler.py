@@ -1,4 +1,5 @@
-"""The scheduler and the pipelined step on a fake model: whatever happens, each request gets the tokens it gets alone."""
+"""The scheduler and the pipelined step on a fake model: whatever happens, each request gets the tokens it gets
+alone."""
 
 import random
 

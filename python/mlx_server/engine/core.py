@@ -24,8 +24,8 @@ class Runner(Protocol):
 class EngineCore:
     """All requests of all connections, one step at a time.
 
-    Pipelined: a step is launched from the tokens of the step before while those are still on the device, so the host reads
-    and handles one step's tokens while the device computes the next.
+    Pipelined: a step is launched from the tokens of the step before while those are still on the device, so the host
+    reads and handles one step's tokens while the device computes the next.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, *, context_length: int, vocab_size: int) -> None:
@@ -50,8 +50,8 @@ class EngineCore:
         return self._scheduler.fail(lost, "engine_error", "The engine failed to compute a step of this request.")
 
     def submit(self, connection: bytes, message: wire.Submit) -> wire.Failed | None:
-        """Queue a request, or say why not. The API has checked all this; a fault here is an API process of ours gone wrong,
-        and must not reach the device."""
+        """Queue a request, or say why not. The API has checked all this; a fault here is an API process of ours gone
+        wrong, and must not reach the device."""
         prompt, vocab_size = message.prompt_token_ids, self.info.vocab_size
         fault = None
         if self._scheduler.has(connection, message.request_id):

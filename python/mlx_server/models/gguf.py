@@ -70,8 +70,8 @@ def _layer_name(header: GGUF, tensor_name: str) -> str:
 
 
 def _half_split_rows(num_rows: int, head_dim: int, where: str) -> mx.array:
-    """Indices that undo GGUF's order of q and k rows: features that RoPE turns together stand side by side in the file, half
-    a head apart in the model."""
+    """Indices that undo GGUF's order of q and k rows: features that RoPE turns together stand side by side in the file,
+    half a head apart in the model."""
     if head_dim <= 0 or head_dim % 2 or num_rows % head_dim:
         raise ModelLoadError(f"{where} has {num_rows} rows, which are no heads of size {head_dim}")
     return mx.array(np.arange(num_rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).ravel())
