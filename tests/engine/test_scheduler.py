@@ -240,6 +240,6 @@ def test_random_walk(seed: int) -> None:
     collector.run_until_idle(core)
     assert set(collector.ends) | cancelled == set(messages)
     assert not set(collector.ends) & cancelled
-    for name, end in collector.ends.items():
-        if isinstance(end, wire.Finished):
+    for name, last_output in collector.ends.items():
+        if isinstance(last_output, wire.Finished):
             collector.check(messages[name])

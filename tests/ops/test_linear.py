@@ -114,7 +114,7 @@ def test_mistakes_are_named() -> None:
 
     def fails(message: str, *arrays: mx.array, group_size: int = 32, bits: int = 4) -> None:
         with pytest.raises(ValueError, match=re.escape("[quantized_linear] " + message)):
-            quantized_linear(*arrays, group_size=group_size, bits=bits)  # type: ignore[call-arg,misc]
+            quantized_linear(*arrays, group_size=group_size, bits=bits)
 
     fails("x must be floating point [..., K] but got int32 (2,64)", x.astype(mx.int32), weight, scales, biases)
     fails("x must have the 64 columns of a 4-bit weight (8,8) but got (2,32)", x[:, :32], weight, scales, biases)
