@@ -145,11 +145,10 @@ std::size_t select(const Key* keys, const float* weights, std::size_t n, Key beg
                    float* out_weights) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    if (keys[i] >= begin && keys[i] < end) {
-      out_keys[count] = keys[i];
-      out_weights[count] = weights[i];
-      ++count;
-    }
+    // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
+    out_keys[count] = keys[i];
+    out_weights[count] = weights[i];
+    count += static_cast<std::size_t>(keys[i] >= begin && keys[i] < end);
   }
   for (std::size_t i = count; i < padded(count); ++i) {
     out_keys[i] = kKeyEnd;
