@@ -1,11 +1,16 @@
 #include "paged_attention/paged_attention.h"
 
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include <algorithm>
+#include <cstring>
+#include <memory>
 
+#include <mlx/backend/cpu/encoder.h>
 #include <mlx/fast.h>
 #include <mlx/ops.h>
+#include <mlx/primitives.h>
+
+#include "common/op_error.h"
+#include "common/row_contiguous.h"
 
 namespace mlx_server {
 
@@ -13,19 +18,10 @@ namespace mx = mlx::core;
 
 namespace {
 
-template <typename... Args>
-[[noreturn]] void fail(const char* op, const Args&... args) {
-  std::ostringstream message;
-  message << "[" << op << "] ";
-  (message << ... << args);
-  message << ".";
-  throw std::invalid_argument(message.str());
-}
-
 void check_pools(const char* op, const mx::array& k_pool, const mx::array& v_pool) {
   if (k_pool.ndim() != 4 || k_pool.shape() != v_pool.shape() || k_pool.dtype() != v_pool.dtype()) {
-    fail(op, "k_pool and v_pool must have one shape [N, block_size, Hk, D] and one dtype but got ", k_pool.shape(), " ",
-         k_pool.dtype(), " and ", v_pool.shape(), " ", v_pool.dtype());
+    op_error(op, "k_pool and v_pool must have one shape [N, block_size, Hk, D] and one dtype but got ", k_pool.shape(),
+             " ", k_pool.dtype(), " and ", v_pool.shape(), " ", v_pool.dtype());
   }
 }
 
@@ -33,12 +29,12 @@ void check_write(const mx::array& k_pool, const mx::array& v_pool, const mx::arr
                  const mx::array& slot_mapping) {
   check_pools("write_kv", k_pool, v_pool);
   if (k.ndim() != 3 || k.shape(1) != k_pool.shape(2) || k.shape(2) != k_pool.shape(3) || k.shape() != v.shape()) {
-    fail("write_kv", "k and v must have the shape [T, ", k_pool.shape(2), ", ", k_pool.shape(3), "] but got ",
-         k.shape(), " and ", v.shape());
+    op_error("write_kv", "k and v must have the shape [T, ", k_pool.shape(2), ", ", k_pool.shape(3), "] but got ",
+             k.shape(), " and ", v.shape());
   }
   if (slot_mapping.shape() != mx::Shape{k.shape(0)} || slot_mapping.dtype() != mx::int32) {
-    fail("write_kv", "slot_mapping must be int32 [", k.shape(0), "] but got ", slot_mapping.dtype(), " ",
-         slot_mapping.shape());
+    op_error("write_kv", "slot_mapping must be int32 [", k.shape(0), "] but got ", slot_mapping.dtype(), " ",
+             slot_mapping.shape());
   }
 }
 
@@ -48,36 +44,71 @@ void check_attention(const mx::array& q, const mx::array& k_pool, const mx::arra
   const char* op = "paged_attention";
   check_pools(op, k_pool, v_pool);
   if (q.ndim() != 3 || q.shape(2) != k_pool.shape(3) || q.shape(1) % k_pool.shape(2) != 0) {
-    fail(op, "q must have the shape [T, H, ", k_pool.shape(3), "] with H a multiple of ", k_pool.shape(2), " but got ",
-         q.shape());
+    op_error(op, "q must have the shape [T, H, ", k_pool.shape(3), "] with H a multiple of ", k_pool.shape(2),
+             " but got ", q.shape());
   }
   if (block_tables.ndim() != 2 || block_tables.dtype() != mx::int32) {
-    fail(op, "block_tables must be int32 [B, M] but got ", block_tables.dtype(), " ", block_tables.shape());
+    op_error(op, "block_tables must be int32 [B, M] but got ", block_tables.dtype(), " ", block_tables.shape());
   }
   const auto num_rows = static_cast<std::size_t>(block_tables.shape(0));
   if (query_lens.size() != num_rows || context_lens.size() != num_rows) {
-    fail(op, "query_lens and context_lens must have one entry for each of the ", num_rows,
-         " rows of block_tables but got ", query_lens.size(), " and ", context_lens.size());
+    op_error(op, "query_lens and context_lens must have one entry for each of the ", num_rows,
+             " rows of block_tables but got ", query_lens.size(), " and ", context_lens.size());
   }
   const int max_context_len = block_tables.shape(1) * k_pool.shape(1);
   int num_tokens = 0;
   for (std::size_t b = 0; b < num_rows; ++b) {
     if (query_lens[b] < 1 || query_lens[b] > context_lens[b] || context_lens[b] > max_context_len) {
-      fail(op, "rows need 1 <= query_len <= context_len <= ", max_context_len, " but row ", b, " got query_len ",
-           query_lens[b], " and context_len ", context_lens[b]);
+      op_error(op, "rows need 1 <= query_len <= context_len <= ", max_context_len, " but row ", b, " got query_len ",
+               query_lens[b], " and context_len ", context_lens[b]);
     }
     num_tokens += query_lens[b];
   }
   if (q.shape(0) != num_tokens) {
-    fail(op, "query_lens must add up to q's ", q.shape(0), " tokens but got ", num_tokens);
+    op_error(op, "query_lens must add up to q's ", q.shape(0), " tokens but got ", num_tokens);
   }
 }
 
+// Writes tokens [T, Hk, D] to slots [T] of pool [N, block_size, Hk, D], whose memory the output takes over.
+//
+// MLX's scatter would write in place only into memory that nothing else refers to, but a step that is still in flight
+// refers to the pools that it reads: launching the next one would copy them all. Here that is safe. The step in flight
+// reads no slot that the next one writes, and in its own step a slot is read only through the output.
+class WriteTokensPrimitive : public mx::UnaryPrimitive {
+ public:
+  using UnaryPrimitive::UnaryPrimitive;
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    const mx::array pool = row_contiguous(inputs[0], stream());
+    const mx::array slots = row_contiguous(inputs[1], stream()), tokens = row_contiguous(inputs[2], stream());
+    out.copy_shared_buffer(pool);
+    const std::size_t token_bytes = tokens.nbytes() / std::max(tokens.shape(0), 1);
+    mx::cpu::get_command_encoder(stream()).dispatch([num_tokens = tokens.shape(0), token_bytes,
+                                                     slots = slots.data<std::int32_t>(), tokens = tokens.data<char>(),
+                                                     pool = out.data<char>()] {
+      for (int t = 0; t < num_tokens; ++t) {
+        std::memcpy(pool + slots[t] * token_bytes, tokens + t * token_bytes, token_bytes);
+      }
+    });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    op_error("write_kv", "the primitive must run on a CPU stream but got a GPU stream");
+  }
+
+  DEFINE_NAME(WriteTokens)
+  DEFINE_DEFAULT_IS_EQUIVALENT()
+};
+
 // pool [N, block_size, Hk, D], slots [T], tokens [T, Hk, D]
 mx::array write_pool(const mx::array& pool, const mx::array& slots, const mx::array& tokens, mx::Stream s) {
+  const auto values = mx::astype(tokens, pool.dtype(), s);
+  if (s.device == mx::Device::cpu) {
+    return mx::array(pool.shape(), pool.dtype(), std::make_shared<WriteTokensPrimitive>(s), {pool, slots, values});
+  }
   const mx::Shape flat{pool.shape(0) * pool.shape(1), pool.shape(2), pool.shape(3)};
-  const auto updates = mx::expand_dims(mx::astype(tokens, pool.dtype(), s), 1, s);  // [T, 1, Hk, D]
-  return mx::reshape(mx::scatter(mx::reshape(pool, flat, s), slots, updates, 0, s), pool.shape(), s);
+  const auto written = mx::scatter(mx::reshape(pool, flat, s), slots, mx::expand_dims(values, 1, s), 0, s);
+  return mx::reshape(written, pool.shape(), s);
 }
 
 // The first num_tokens tokens of the blocks, as [1, Hk, num_tokens, D].

@@ -14,8 +14,9 @@ def write_kv(
 ) -> tuple[mx.array, mx.array]:
     """Store the keys and values of new tokens in their blocks.
 
-    A pool is written in place when its array has no other user: drop the old arrays before the new ones are evaluated,
-    as in `self.k, self.v = write_kv(self.k, self.v, ...)`; otherwise the whole pool is copied.
+    The new pools take over the memory of the old ones, which must not be used again, as in
+    `self.k, self.v = write_kv(self.k, self.v, ...)`. That holds also while steps that read other slots are in flight.
+    On a GPU the pools are copied in that case: MLX's scatter does not write to memory that is still in use.
 
     Args:
         k_pool, v_pool: [N, block_size, Hk, D].
