@@ -87,4 +87,3 @@ class StepOutput(msgspec.Struct, tag=True, frozen=True):
 
 
 EngineMessage = EngineInfo | StepOutput
-INVALID_TOKEN_ID = 0xFFFFFFFF

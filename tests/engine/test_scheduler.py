@@ -1,5 +1,4 @@
-"""The scheduler and the pipelined step on a fake model: whatever happens, each request gets the tokens it gets
-alone."""
+"""The scheduler and the pipelined step on a fake model: whatever happens, a request gets the tokens it gets alone."""
 
 import random
 
@@ -240,6 +239,6 @@ def test_random_walk(seed: int) -> None:
     collector.run_until_idle(core)
     assert set(collector.ends) | cancelled == set(messages)
     assert not set(collector.ends) & cancelled
-    for name, last_output in collector.ends.items():
-        if isinstance(last_output, wire.Finished):
+    for name in collector.ends:
+        if isinstance(collector.ends[name], wire.Finished):
             collector.check(messages[name])

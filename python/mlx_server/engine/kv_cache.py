@@ -7,8 +7,7 @@ from mlx_server.ops.block_pool import BlockPool
 class KVCacheManager:
     """Block tables over a pool of `num_blocks` blocks of `block_size` tokens.
 
-    A request that has `n` computed tokens owns the ceil(n / block_size) blocks in its `block_table`, and nobody else
-    does.
+    A request that has `n` computed tokens owns the ceil(n / block_size) blocks of its `block_table`, alone.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:

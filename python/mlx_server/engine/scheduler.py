@@ -6,7 +6,7 @@ from mlx_server import wire
 from mlx_server.engine.batch import Batch, BatchRow, StepResult
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.request import Request, RequestState
-from mlx_server.wire import INVALID_TOKEN_ID
+from mlx_server.ops.sampling import INVALID_TOKEN
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 
@@ -136,7 +136,7 @@ class Scheduler:
         return BatchRow(request, start_pos, end_pos, samples)
 
     def _append(self, request: Request, token_id: int) -> wire.RequestOutput:
-        if token_id == INVALID_TOKEN_ID:
+        if token_id == INVALID_TOKEN:
             self._end(request)
             return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
         request.output_token_ids.append(token_id)

@@ -1,5 +1,4 @@
-"""A first request of our own, so that the first user does not wait for kernels to be compiled and memory to be
-mapped."""
+"""A first request of our own, so that the first user does not wait for compiled kernels and mapped memory."""
 
 from mlx_server import wire
 from mlx_server.engine.core import EngineCore

@@ -1,0 +1,119 @@
+"""The engine on a real (tiny) model: paged, chunked, batched and pipelined, tokens are those of transformers."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.test_scheduler import API, Collector
+from mlx_server import wire
+from mlx_server.engine.core import EngineCore
+from mlx_server.engine.kv_cache import KVCacheManager
+from mlx_server.engine.runner import ModelRunner
+from mlx_server.engine.scheduler import Scheduler
+from mlx_server.models.base import Model
+from mlx_server.models.loader import load_model
+from mlx_server.sampling_params import SamplingParams
+
+PARITY = Path(__file__).parents[1] / "models" / "parity"
+GREEDY = SamplingParams(temperature=0.0)
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(str(PARITY / "llama" / "mlx-4bit"))
+
+
+@pytest.fixture(scope="module")
+def fixture() -> dict[str, list[int]]:
+    arrays = np.load(PARITY / "llama" / "mlx-4bit" / "fixture.npz")
+    return {name: arrays[name].tolist() for name in ("prompt", "greedy")}
+
+
+def make_core(model: Model, *, num_blocks: int = 64, max_batch_tokens: int = 64, max_running: int = 8) -> EngineCore:
+    scheduler = Scheduler(
+        KVCacheManager(num_blocks, BLOCK_SIZE), max_batch_tokens=max_batch_tokens, max_running=max_running
+    )
+    runner = ModelRunner(model, num_blocks, BLOCK_SIZE)
+    return EngineCore(scheduler, runner, context_length=num_blocks * BLOCK_SIZE, vocab_size=model.vocab_size)
+
+
+def generate(core: EngineCore, *messages: wire.Submit, stagger: int = 0) -> dict[str, list[int]]:
+    """Tokens of each request; `stagger` steps lie between their arrivals."""
+    collector = Collector()
+    for message in messages:
+        assert core.submit(API, message) is None
+        for _ in range(stagger):
+            collector.take(core.step())
+    collector.run_until_idle(core)
+    assert all(isinstance(end, wire.Finished) for end in collector.ends.values())
+    return collector.tokens
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 64, 512])
+def test_greedy_tokens_are_those_of_transformers(model, fixture, max_batch_tokens) -> None:
+    message = wire.Submit("a", fixture["prompt"], 32, [], GREEDY)
+    tokens = generate(make_core(model, max_batch_tokens=max_batch_tokens), message)
+    assert tokens == {"a": fixture["greedy"]}
+
+
+def seeded(model: Model) -> list[wire.Submit]:
+    """Requests of different lengths, each with parameters of its own."""
+    rng = np.random.default_rng(7)
+    params = [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, top_k=20, seed=2**63),
+        GREEDY,
+        SamplingParams(temperature=1.3, top_p=0.8, seed=3),
+        SamplingParams(temperature=2.0, min_p=0.1, seed=4),
+        SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05, seed=1),
+    ]
+    return [
+        wire.Submit(f"r{i}", rng.integers(3, model.vocab_size, 3 + 11 * i).tolist(), 12 + 3 * i, [], sampling)
+        for i, sampling in enumerate(params)
+    ]
+
+
+@pytest.mark.parametrize("stagger", [0, 1, 5])
+def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch(model, stagger) -> None:
+    messages = seeded(model)
+    alone = {message.request_id: generate(make_core(model), message)[message.request_id] for message in messages}
+    assert len({tuple(tokens[:10]) for tokens in alone.values()}) == len(messages)
+    assert generate(make_core(model), *messages, stagger=stagger) == alone
+
+
+def test_a_preempted_request_gives_the_same_tokens(model) -> None:
+    messages = seeded(model)
+    alone = generate(make_core(model, max_running=1), *messages)
+    assert generate(make_core(model, num_blocks=7), *messages) == alone
+
+
+class Poisoned:
+    """The model, whose logits for one prompt are not numbers."""
+
+    def __init__(self, model: Model, poison: int) -> None:
+        self._model, self._poison = model, poison
+        self.kv_spec, self.context_length, self.vocab_size = model.kv_spec, model.context_length, model.vocab_size
+
+    def __call__(self, token_ids, ctx):
+        self.is_poison = (token_ids == self._poison).any()
+        return self._model(token_ids, ctx)
+
+    def logits(self, hidden):
+        logits = self._model.logits(hidden)
+        return mx.where(self.is_poison & (mx.arange(logits.shape[0]) == 1)[:, None], mx.nan, logits)
+
+
+def test_invalid_logits_end_their_own_request_only(model, fixture) -> None:
+    core = make_core(Poisoned(model, poison=2), max_batch_tokens=256)
+    neighbour = wire.Submit("neighbour", fixture["prompt"], 32, [], GREEDY)
+    poisoned = wire.Submit("poisoned", [2] * 5, 10, [], GREEDY)
+    collector = Collector()
+    for message in (neighbour, poisoned):
+        assert core.submit(API, message) is None
+    collector.run_until_idle(core)
+    failed = collector.ends["poisoned"]
+    assert isinstance(failed, wire.Failed) and failed.code == "invalid_logits"
+    assert collector.tokens["neighbour"] == fixture["greedy"]
