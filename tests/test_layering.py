@@ -29,7 +29,7 @@ USERS = {
     "models": ("engine", "models"),
     "ops": ("engine", "models", "ops"),
     "api": ("api",),
-    "supervisor": ("cli",),
+    "supervisor": ("cli", "supervisor"),
 }
 
 
@@ -66,7 +66,7 @@ def test_parts_import_only_what_is_below_them(part: str, users: tuple[str, ...])
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("mlx_server.cli", ["mlx", "gunicorn", "falcon", "tokenizers", "numpy"]),
+        ("mlx_server.cli, mlx_server.supervisor", ["mlx", "gunicorn", "falcon", "tokenizers", "numpy"]),
         ("mlx_server.api", ["mlx", "gunicorn"]),
         ("mlx_server.engine", ["falcon", "gunicorn", "jinja2", "tokenizers"]),
     ],

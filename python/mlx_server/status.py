@@ -1,8 +1,8 @@
 """What the supervisor and its children say to each other while they start and end.
 
-A child gets the write end of a pipe as `--status-fd` and writes one JSON object a line: any number of `Loading` and
-`Progress`, then one of `Resolved`, `Ready`, `Failed`. It gets the read end of another pipe, the lifeline, as its
-standard input: end of file there means that the supervisor is gone, however it died.
+A child gets the write end of a pipe as `--status-fd` and writes one JSON object a line: any number of `Loading`, then
+one of `Resolved`, `Ready`, `Failed`. It gets the read end of another pipe, the lifeline, as its standard input: end of
+file there means that the supervisor is gone, however it died.
 """
 
 import os
@@ -19,14 +19,6 @@ class Loading(msgspec.Struct, tag_field="event", tag="loading", frozen=True):
     """A step of the start that takes a while begins."""
 
     message: str  # such as "weights", for people
-
-
-class Progress(msgspec.Struct, tag_field="event", tag="progress", frozen=True):
-    """How far a download is."""
-
-    label: str  # such as the model's name
-    done_bytes: int
-    total_bytes: int | None  # None: not known
 
 
 class Resolved(msgspec.Struct, tag_field="event", tag="resolved", frozen=True):
@@ -47,7 +39,7 @@ class Failed(msgspec.Struct, tag_field="event", tag="failed", frozen=True):
     message: str
 
 
-Event = Loading | Progress | Resolved | Ready | Failed
+Event = Loading | Resolved | Ready | Failed
 
 
 def decode(line: bytes) -> Event:

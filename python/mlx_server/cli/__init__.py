@@ -1,0 +1,203 @@
+"""The command `mlx-server`."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from click.core import ParameterSource
+
+from mlx_server.config import Settings
+from mlx_server.errors import ModelLoadError, ServerError, SettingError
+
+
+def main() -> None:
+    """Read the settings, run the server, exit. The exit codes are explained in the README."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """`main` with its arguments and exit code made explicit."""
+    try:
+        settings = read_settings(args)
+        if settings is None:
+            return 0
+        from mlx_server.supervisor import serve  # noqa: PLC0415 - `--help` and wrong settings answer at once
+
+        return serve(settings)
+    except ServerError as error:
+        click.echo(f"mlx-server: {error.message}", err=True)
+        return 2 if isinstance(error, SettingError | ModelLoadError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def read_settings(args: list[str]) -> Settings | None:
+    """Settings from defaults, environment and flags; later wins. None: only `--help` or `--version` was asked for.
+
+    Raises:
+        SettingError: a setting is wrong or missing, or a flag is not known.
+    """
+    try:
+        result: Settings | int = _command.main(args, prog_name="mlx-server", standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        raise SettingError(error.format_message()) from None
+    return result if isinstance(result, Settings) else None
+
+
+# --- the settings ---
+
+# A parser takes what the user wrote and raises ValueError with what is allowed.
+Parser = Callable[[str], object]
+
+_MODEL_HELP = "a local MLX model directory, a Hugging Face model ID (downloaded on first use), a .gguf file, or demo"
+_MAX_INT = 2**31 - 1
+_MAX_TIMEOUT_S = 1_000_000.0
+
+
+def _integer(low: int, high: int) -> Parser:
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and low <= int(text) <= high):
+            raise ValueError(f"an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    allowed = ValueError(f"a number of seconds, more than 0 and at most {_MAX_TIMEOUT_S:.0f}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise allowed from None
+    if not 0 < seconds <= _MAX_TIMEOUT_S:
+        raise allowed
+    return seconds
+
+
+def _host(text: str) -> str:
+    allowed = ValueError("a host name or an IP address of this machine, such as 127.0.0.1, 0.0.0.0 or ::")
+    if not text:
+        raise allowed
+    try:
+        socket.getaddrinfo(text, None)
+    except (OSError, ValueError):  # ValueError: NUL, or no valid IDNA
+        raise allowed from None
+    return text
+
+
+def _model(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError(_MODEL_HELP)
+    return text
+
+
+def _api_key(text: str) -> str:
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("one or more printable ASCII characters without spaces")
+    return text
+
+
+def _log_level(text: str) -> str:
+    level = text.lower()
+    if level not in ("debug", "info", "warning", "error"):
+        raise ValueError("debug, info, warning or error")
+    return level
+
+
+class _Option(click.Option):
+    """An option whose error is one sentence, and whose empty variable is a value like any other: an empty
+    MLX_SERVER_API_KEY must not open the server to everyone."""
+
+    def __init__(self, *args: Any, parser: Parser, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parse = parser
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        return os.environ.get(str(self.envvar))
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        from_variable = ctx.get_parameter_source(str(self.name)) is ParameterSource.ENVIRONMENT
+        setting = str(self.envvar) if from_variable else self.opts[0]
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            shown = "(not shown)" if value and self.name == "api_key" else repr(value)
+            raise click.UsageError(f"{setting} is {shown}, but must be {error}") from None
+
+
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> Callable[[_Function], _Function]:
+    default = _DEFAULTS[name]
+    if default is msgspec.NODEFAULT or default is None:
+        default, shown = None, "required" if default is msgspec.NODEFAULT else "none"
+    else:
+        default, shown = (f"{default:g}" if isinstance(default, float) else str(default)), ""
+    return click.option(
+        name,
+        flag,
+        envvar=variable,
+        show_envvar=True,
+        cls=_Option,
+        parser=parser,
+        help=text,
+        default=default,
+        show_default=shown or True,
+        metavar="VALUE",
+    )
+
+
+@click.command(context_settings={"max_content_width": 110})
+@_option("model", "--model", "MLX_SERVER_MODEL", _model, f"The model: {_MODEL_HELP}.")
+@_option(
+    "host",
+    "--host",
+    "MLX_SERVER_HOST",
+    _host,
+    "Address to bind; 127.0.0.1 takes connections of this machine only.",
+)
+@_option("port", "--port", "MLX_SERVER_PORT", _integer(0, 65535), "Port to bind; 0 takes any free one.")
+@_option(
+    "max_tokens",
+    "--max-tokens",
+    "MLX_SERVER_MAX_TOKENS",
+    _integer(1, _MAX_INT),
+    "Most tokens to generate when a request does not say.",
+)
+@_option(
+    "api_key",
+    "--api-key",
+    "MLX_SERVER_API_KEY",
+    _api_key,
+    "Bearer token that requests must carry. Prefer the variable: other users of the machine can see flags.",
+)
+@_option(
+    "rate_limit",
+    "--rate-limit",
+    "MLX_SERVER_RATE_LIMIT",
+    _integer(0, _MAX_INT),
+    "Requests a minute that each client may make; 0: no limit.",
+)
+@_option("timeout_s", "--timeout", "MLX_SERVER_TIMEOUT", _seconds, "Seconds after which a request is given up.")
+@_option("log_level", "--log-level", "MLX_SERVER_LOG", _log_level, "Least level to log: debug, info, warning or error.")
+@click.version_option(package_name="mlx-server")
+def _command(**settings: Any) -> Settings:
+    """Serve a language model to OpenAI clients.
+
+    A flag wins over its environment variable.
+    """
+    if settings["model"] is None:
+        raise click.UsageError(f"--model (or MLX_SERVER_MODEL) is not set, but must be {_MODEL_HELP}")
+    return Settings(**settings)
