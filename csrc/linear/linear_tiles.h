@@ -23,108 +23,121 @@ namespace mlx_server {
 constexpr int kColumns = LinearKernels::kColumns;
 constexpr int kBlock = 32;  // every group is a multiple of this
 
-// Rows of the weight under kColumns columns of y. Columns past n repeat the last one and are not stored.
-template <typename Simd>
-struct Columns {
-  const std::uint8_t* weight[kColumns];
-  const float* scales[kColumns];
-  const float* biases[kColumns];
+// The weight's rows under `columns` columns of y, 1 or kColumns. With 1, all strides are 0: it is computed kColumns
+// times.
+struct WeightRows {
+  const std::uint8_t* weight;
+  const float *scales, *biases;
+  std::int64_t stride, group_stride;  // from one row to the next
 
-  Columns(const QuantizedLinear& op, std::int64_t n) {
-    const std::int64_t groups = op.k / op.group_size;
-    for (int c = 0; c < kColumns; ++c) {
-      const std::int64_t column = n + c < op.n ? n + c : op.n - 1;
-      weight[c] = op.weight + column * (op.k * op.bits / 8);
-      scales[c] = op.scales + column * groups;
-      biases[c] = op.biases + column * groups;
-    }
+  WeightRows(const QuantizedLinear& op, std::int64_t n, std::int64_t columns) {
+    const std::int64_t row_bytes = op.k * op.bits / 8, groups = op.k / op.group_size;
+    weight = op.weight + n * row_bytes;
+    scales = op.scales + n * groups;
+    biases = op.biases + n * groups;
+    stride = columns == 1 ? 0 : row_bytes;
+    group_stride = columns == 1 ? 0 : groups;
   }
 };
 
 template <typename Simd>
+inline void zero_sums(typename Simd::Vec* sums, int count) {
+  for (int i = 0; i < count; ++i) {
+    sums[i] = Simd::zero();
+  }
+}
+
+template <typename Simd>
 inline void store_columns(const typename Simd::Vec (&sums)[kColumns], float* y, std::int64_t columns) {
-  if (columns >= kColumns) {
+  if (columns == kColumns) {
     Simd::sum4(sums[0], sums[1], sums[2], sums[3], y);
     return;
   }
   float out[kColumns];
   Simd::sum4(sums[0], sums[1], sums[2], sums[3], out);
-  for (int c = 0; c < columns; ++c) {
-    y[c] = out[c];
-  }
+  *y = out[0];
 }
 
 template <typename Simd, int kBits, int kRows>
-void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n) {
+void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n, std::int64_t columns) {
   using Vec = typename Simd::Vec;
   using Format = typename Simd::template Format<kBits>;
-  const Columns<Simd> columns(op, n);
+  constexpr int kVecBytes = Simd::kLanes * kBits / 8, kBlockBytes = kBlock * kBits / 8;
+  const WeightRows rows(op, n, columns);
+  const std::uint8_t* weight = rows.weight;
+  // Rows lie one behind the other, each too short for the processor to see where the next one starts: the next tile is
+  // asked for in the order of memory.
+  const std::uint8_t* next = rows.weight + kColumns * rows.stride;
+  const float* next_scales = rows.scales + kColumns * rows.group_stride;
+  const float* next_biases = rows.biases + kColumns * rows.group_stride;
+  const float* x = packed;
   Vec sums[kRows][kColumns];
-  for (auto& row : sums) {
-    for (Vec& sum : row) {
-      sum = Simd::zero();
-    }
-  }
-  for (std::int64_t k = 0, g = 0; k < op.k; ++g) {
+  zero_sums<Simd>(&sums[0][0], kRows * kColumns);
+
+  const std::int64_t groups = op.k / op.group_size;
+  const int blocks = op.group_size / kBlock;
+  for (std::int64_t g = 0; g < groups; ++g) {
     typename Format::Group group[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      group[c] = Format::group(columns.scales[c][g], columns.biases[c][g]);
+      group[c] = Format::group(rows.scales[c * rows.group_stride + g], rows.biases[c * rows.group_stride + g]);
     }
-    for (const std::int64_t end = k + op.group_size; k < end; k += kBlock) {
-      for (int i = 0; i < kBlock; i += Simd::kLanes) {
-        Vec x[kRows];
+    __builtin_prefetch(next_scales + kColumns * g);
+    __builtin_prefetch(next_biases + kColumns * g);
+    for (int block = 0; block < blocks; ++block) {
+      for (int line = 0; line < kColumns * kBlockBytes; line += 64) {
+        __builtin_prefetch(next + line);
+      }
+      next += kColumns * kBlockBytes;
+      for (int i = 0; i < kBlock / Simd::kLanes; ++i) {
+        Vec x_r[kRows];
         for (int r = 0; r < kRows; ++r) {
-          x[r] = Simd::load(packed + r * op.k + k + i);
+          x_r[r] = Simd::load(x + r * op.k + i * Simd::kLanes);
         }
         for (int c = 0; c < kColumns; ++c) {
-          const Vec w = Format::dequantize(group[c], columns.weight[c] + (k + i) * kBits / 8);
+          const Vec w = Format::dequantize(group[c], weight + c * rows.stride + i * kVecBytes);
           for (int r = 0; r < kRows; ++r) {
-            sums[r][c] = Simd::fma(w, x[r], sums[r][c]);
+            sums[r][c] = Simd::fma(w, x_r[r], sums[r][c]);
           }
         }
       }
+      weight += kBlockBytes;
+      x += kBlock;
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (Vec& sum : sums[r]) {
       sum = Format::in_order(sum);
     }
-    store_columns<Simd>(sums[r], op.y + r * op.n + n, op.n - n);
+    store_columns<Simd>(sums[r], op.y + r * op.n + n, columns);
   }
 }
 
 template <typename Simd, int kBits>
-void dequantize_tile(const QuantizedLinear& op, std::int64_t n, float* panel) {
+void dequantize_row(const QuantizedLinear& op, std::int64_t n, float* out) {
   using Format = typename Simd::template Format<kBits>;
-  const Columns<Simd> columns(op, n);
-  for (int c = 0; c < kColumns; ++c) {
-    float* out = panel + c * op.k;
-    for (std::int64_t k = 0, g = 0; k < op.k; ++g) {
-      const typename Format::Group group = Format::group(columns.scales[c][g], columns.biases[c][g]);
-      for (const std::int64_t end = k + op.group_size; k < end; k += kBlock) {
-        for (int i = 0; i < kBlock; i += Simd::kLanes) {
-          Simd::store(out + k + i,
-                      Format::in_order(Format::dequantize(group, columns.weight[c] + (k + i) * kBits / 8)));
-        }
-      }
+  const WeightRows row(op, n, 1);
+  const std::uint8_t* weight = row.weight;
+  for (std::int64_t g = 0; g < op.k / op.group_size; ++g) {
+    const typename Format::Group group = Format::group(row.scales[g], row.biases[g]);
+    for (int i = 0; i < op.group_size; i += Simd::kLanes) {
+      Simd::store(out, Format::in_order(Format::dequantize(group, weight)));
+      weight += Simd::kLanes * kBits / 8;
+      out += Simd::kLanes;
     }
   }
 }
 
 template <typename Simd, int kRows>
-void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t row, std::int64_t n) {
+void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stride, std::int64_t row, std::int64_t n,
+                std::int64_t columns) {
   using Vec = typename Simd::Vec;
   const float* x = op.x + row * op.k;
   Vec sums[kRows][kColumns];
-  for (auto& sums_of_row : sums) {
-    for (Vec& sum : sums_of_row) {
-      sum = Simd::zero();
-    }
-  }
+  zero_sums<Simd>(&sums[0][0], kRows * kColumns);
   for (std::int64_t k = 0; k < op.k; k += Simd::kLanes) {
     Vec w[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      w[c] = Simd::load(panel + c * op.k + k);
+      w[c] = Simd::load(panel + c * stride + k);
     }
     for (int r = 0; r < kRows; ++r) {
       const Vec x_r = Simd::load(x + r * op.k + k);
@@ -134,7 +147,7 @@ void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t row,
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    store_columns<Simd>(sums[r], op.y + (row + r) * op.n + n, op.n - n);
+    store_columns<Simd>(sums[r], op.y + (row + r) * op.n + n, columns);
   }
 }
 
@@ -148,15 +161,19 @@ void panel_rows(const QuantizedLinear& op, const float* panel, std::int64_t row,
     }
     return;
   }
-  for (std::int64_t n = n_begin; n < n_end; n += kColumns) {
-    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.k, row, n);
+  std::int64_t n = n_begin;
+  for (; n + kColumns <= n_end; n += kColumns) {
+    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.k, op.k, row, n, kColumns);
+  }
+  for (; n < n_end; ++n) {
+    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.k, 0, row, n, 1);
   }
 }
 
 template <typename Simd, int kBits>
 void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end) {
-  for (std::int64_t n = n_begin; n < n_end; n += kColumns) {
-    dequantize_tile<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
+  for (std::int64_t n = n_begin; n < n_end; ++n) {
+    dequantize_row<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
   }
   for (std::int64_t row = 0; row < op.rows; row += Simd::kPanelRows) {
     panel_rows<Simd, Simd::kPanelRows>(op, panel, row, op.rows - row, n_begin, n_end);
@@ -171,8 +188,12 @@ void direct(const QuantizedLinear& op, const float* packed, std::int64_t n_begin
       return;
     }
   }
-  for (std::int64_t n = n_begin; n < n_end; n += kColumns) {
-    direct_tile<Simd, kBits, kRows>(op, packed, n);
+  std::int64_t n = n_begin;
+  for (; n + kColumns <= n_end; n += kColumns) {
+    direct_tile<Simd, kBits, kRows>(op, packed, n, kColumns);
+  }
+  for (; n < n_end; ++n) {
+    direct_tile<Simd, kBits, kRows>(op, packed, n, 1);
   }
 }
 
