@@ -66,15 +66,25 @@ def test_parts_import_only_what_is_below_them(part: str, users: tuple[str, ...])
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("mlx_server.cli, mlx_server.supervisor", ["mlx", "gunicorn", "falcon", "tokenizers", "numpy"]),
-        ("mlx_server.api", ["mlx", "gunicorn"]),
-        ("mlx_server.engine", ["falcon", "gunicorn", "jinja2", "tokenizers"]),
+        ("mlx_server.cli", "mlx falcon gunicorn jinja2 numpy rich tokenizers zmq"),
+        ("mlx_server.supervisor", "mlx falcon gunicorn jinja2 numpy tokenizers"),
+        ("mlx_server.api.app", "mlx gunicorn"),
+        ("mlx_server.api.server", "mlx"),
+        ("mlx_server.engine.__main__", "falcon gunicorn jinja2 rich tokenizers"),
     ],
 )
-def test_processes_load_only_what_is_theirs(module: str, absent: list[str]) -> None:
-    code = f"import sys, {module}; print(*(name for name in {absent} if name in sys.modules))"
+def test_processes_load_only_what_is_theirs(module: str, absent: str) -> None:
+    code = f"import sys, {module}; print(*(name for name in {absent.split()} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split() == []
+
+
+def test_templates_are_rendered_in_the_immutable_sandbox_only() -> None:
+    tree = ast.parse((PACKAGE / "chat/template.py").read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {name.rpartition(".")[2] for name in imports(PACKAGE / "chat/template.py")}
+    environments = {name for name in attributes | imported if name.endswith("Environment")}
+    assert environments == {"ImmutableSandboxedEnvironment"}
 
 
 def test_imports_are_seen(tmp_path: Path) -> None:
