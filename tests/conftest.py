@@ -18,3 +18,12 @@ def backend(tmp_path: Path) -> "Iterator[Backend]":
     backend = Backend(tmp_path)
     yield backend
     backend.close()
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's file, downloaded if it is not in the cache."""
+    from mlx_server.checkpoint.demo import fetch_demo  # noqa: PLC0415 - only its users need the file
+    from mlx_server.checkpoint.progress import NoProgress  # noqa: PLC0415
+
+    return fetch_demo(NoProgress())
