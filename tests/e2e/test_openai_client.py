@@ -1,0 +1,171 @@
+"""openai's client against a real server on the demo model."""
+
+import asyncio
+import json
+import re
+from http.client import HTTPConnection
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from server_process import until
+
+pytestmark = pytest.mark.model
+
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+COUNT = [{"role": "user", "content": "Count from one to fifty in words."}]
+
+
+def complete(client, messages=PARIS, **fields):
+    fields = {"model": "default", "temperature": 0, "max_tokens": 24} | fields
+    return client.chat.completions.create(messages=messages, **fields)
+
+
+def text_of(completion) -> str:
+    return completion.choices[0].message.content
+
+
+def test_an_answer(client):
+    completion = complete(client)
+    assert "Paris" in text_of(completion)
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.model == "default"
+    usage = completion.usage
+    assert usage.prompt_tokens > 10 and 5 < usage.completion_tokens <= 24
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert completion._request_id
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    whole = complete(client)
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks[:-1]]
+    assert "".join(piece or "" for piece in pieces) == text_of(whole)
+    assert len([piece for piece in pieces if piece]) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_max_tokens_cuts_with_length(client):
+    for field in ("max_tokens", "max_completion_tokens"):
+        completion = complete(client, **{"max_tokens": None, field: 3})
+        assert completion.choices[0].finish_reason == "length"
+        assert completion.usage.completion_tokens == 3
+
+
+def test_stop_cuts_before_the_string(client):
+    whole = text_of(complete(client))
+    completion = complete(client, stop=["is Par", "nowhere"])
+    assert text_of(completion) == whole[: whole.index("is Par")]
+    assert completion.choices[0].finish_reason == "stop"
+    pieces = [chunk.choices[0].delta.content for chunk in complete(client, stop="is Par", stream=True)]
+    assert "".join(piece or "" for piece in pieces) == text_of(completion)
+
+
+def test_a_conversation_goes_on(client):
+    messages = [
+        {"role": "system", "content": "Answer in one short sentence."},
+        {"role": "user", "content": "My name is Zanzibar."},
+        {"role": "assistant", "content": "Hello, Zanzibar."},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    assert "Zanzibar" in text_of(complete(client, messages))
+
+
+def test_models_are_listed_under_the_names_that_are_taken(client):
+    [model] = client.models.list().data
+    assert model.id == "demo"
+    assert complete(client, model="demo", max_tokens=1).model == "demo"
+    with pytest.raises(NotFoundError) as error:
+        complete(client, model="gpt-4o")
+    assert error.value.code == "model_not_found"
+    assert "demo" in error.value.message
+
+
+def test_a_wrong_field_is_named(client):
+    with pytest.raises(BadRequestError) as error:
+        complete(client, temperature=9)
+    assert error.value.param == "temperature"
+    with pytest.raises(BadRequestError) as error:
+        complete(client, [{"role": "user", "content": 7}])
+    assert error.value.param == "messages[0].content"
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(client):
+    with pytest.raises(BadRequestError) as error:
+        complete(client, [{"role": "user", "content": "word " * 9000}])
+    assert error.value.code == "context_length_exceeded"
+    assert "8192" in error.value.message.replace(",", "")
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(server, client):
+    sampled = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 20}
+    alone = [text_of(complete(client, COUNT, seed=seed, **sampled)) for seed in (1, 2)]
+    assert alone[0] != alone[1]
+
+    async def together():
+        async with AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as company:
+            unseeded = [complete(company, PARIS, temperature=1.5, max_tokens=30) for _ in range(3)]
+            seeded = [complete(company, COUNT, seed=seed, **sampled) for seed in (1, 2, 1)]
+            return (await asyncio.gather(*unseeded, *seeded))[3:]
+
+    assert [text_of(completion) for completion in asyncio.run(together())] == [alone[0], alone[1], alone[0]]
+
+
+def test_requests_that_join_and_leave_do_not_change_each_other(client):
+    lengths = [4, 40, 9, 25, 1, 15]
+    alone = [text_of(complete(client, COUNT, max_tokens=length)) for length in lengths]
+
+    async def streamed(company, length, delay_of):
+        if delay_of is not None:
+            await delay_of.wait()  # joins when the longest one is on its way
+        stream = await complete(company, COUNT, max_tokens=length, stream=True)
+        text = ""
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if length == max(lengths) and text:
+                begun.set()
+        return text
+
+    async def together():
+        async with AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as company:
+            tasks = [streamed(company, length, None if length == max(lengths) else begun) for length in lengths]
+            return await asyncio.gather(*tasks)
+
+    begun = asyncio.Event()
+    assert asyncio.run(together()) == alone
+
+
+def test_a_client_that_leaves_ends_its_work(server, client):
+    cancelled = server.err.count(" cancelled")
+    stream = complete(client, COUNT, max_tokens=8000, stream=True, temperature=2)
+    next(stream)
+    stream.close()
+    until(lambda: server.err.count(" cancelled") == cancelled + 1, "the stream's request is cancelled")
+
+    steps = server.err.count(" engine: step")
+    url = client.base_url
+    connection = HTTPConnection(url.host, url.port, timeout=60)
+    body = {"model": "default", "messages": COUNT, "max_tokens": 8000, "temperature": 2}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    until(lambda: server.err.count(" engine: step") > steps, "the engine is at work on it")
+    connection.close()
+    until(lambda: server.err.count(" cancelled") == cancelled + 2, "the request without a stream is cancelled")
+
+
+def test_nothing_but_the_public_port_listens(server):
+    listening = {
+        connection.laddr.port
+        for process in server.processes()
+        for connection in process.net_connections("inet")
+        if connection.status == "LISTEN"
+    }
+    assert listening == {int(server.url().rpartition(":")[2])}
+
+
+def test_no_prompt_and_no_answer_is_logged(server, client):
+    complete(client, [{"role": "user", "content": "Say kumquat."}])
+    until(lambda: re.search(r"POST /v1/chat/completions 200", server.err), "the access log's line")
+    assert "kumquat" not in server.err.lower()
+    assert "Paris" not in server.err
