@@ -24,6 +24,14 @@ void bind_paged_attention(nb::module_& m) {
          float scale) { return paged_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale); },
       nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
       nb::arg("context_lens"), nb::arg("scale"));
+  m.def(
+      "paged_attention_fallback",
+      [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
+         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale) {
+        return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale);
+      },
+      nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
+      nb::arg("context_lens"), nb::arg("scale"), "The specification of `paged_attention` in MLX's own ops, for tests.");
 }
 
 }  // namespace mlx_server

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 
+#include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/fast.h>
 #include <mlx/ops.h>
@@ -11,6 +13,8 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "common/thread_pool.h"
+#include "paged_attention/paged_attention_cpu.h"
 
 namespace mlx_server {
 
@@ -119,10 +123,84 @@ mx::array gather_tokens(const mx::array& pool, const mx::array& blocks, int num_
   return mx::transpose(tokens, {0, 2, 1, 3}, s);
 }
 
-// The specification of `paged_attention`, and what runs where there is no kernel.
+// q [T, H, D], k_pool, v_pool [N, block_size, Hk, D], all float32, block_tables [B, M]  ->  [T, H, D]
+class PagedAttentionPrimitive : public mx::UnaryPrimitive {
+ public:
+  PagedAttentionPrimitive(mx::Stream stream, std::vector<int> query_lens, std::vector<int> context_lens, float scale)
+      : UnaryPrimitive(stream),
+        query_lens_(std::move(query_lens)),
+        context_lens_(std::move(context_lens)),
+        scale_(scale) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    const mx::array q = row_contiguous(inputs[0], stream()), k_pool = row_contiguous(inputs[1], stream());
+    const mx::array v_pool = row_contiguous(inputs[2], stream()), tables = row_contiguous(inputs[3], stream());
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    PagedAttention op{.q = q.data<float>(),
+                      .k_pool = k_pool.data<float>(),
+                      .v_pool = v_pool.data<float>(),
+                      .block_tables = tables.data<std::int32_t>(),
+                      .out = out.data<float>(),
+                      .query_lens = {},
+                      .context_lens = {},
+                      .max_blocks = tables.shape(1),
+                      .block_size = k_pool.shape(1),
+                      .num_heads = q.shape(1),
+                      .num_kv_heads = k_pool.shape(2),
+                      .head_dim = q.shape(2),
+                      .scale = scale_};
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [op, query_lens = query_lens_, context_lens = context_lens_]() mutable {
+          op.query_lens = query_lens;
+          op.context_lens = context_lens;
+          paged_attention(op, ThreadPool::shared());
+        });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    op_error("paged_attention", "the primitive must run on a CPU stream but got a GPU stream");
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const PagedAttentionPrimitive&>(other);
+    return query_lens_ == o.query_lens_ && context_lens_ == o.context_lens_ && scale_ == o.scale_;
+  }
+
+  DEFINE_NAME(PagedAttention)
+
+ private:
+  std::vector<int> query_lens_, context_lens_;
+  float scale_;
+};
+
+}  // namespace
+
+std::pair<mx::array, mx::array> write_kv(const mx::array& k_pool, const mx::array& v_pool, const mx::array& k,
+                                         const mx::array& v, const mx::array& slot_mapping, mx::StreamOrDevice s_) {
+  check_write(k_pool, v_pool, k, v, slot_mapping);
+  const auto s = mx::to_stream(s_);
+  return {write_pool(k_pool, slot_mapping, k, s), write_pool(v_pool, slot_mapping, v, s)};
+}
+
+mx::array paged_attention(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
+                          const mx::array& block_tables, const std::vector<int>& query_lens,
+                          const std::vector<int>& context_lens, float scale, mx::StreamOrDevice s_) {
+  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens);
+  const auto s = mx::to_stream(s_);
+  const bool has_kernel =
+      s.device == mx::Device::cpu && q.dtype() == mx::float32 && k_pool.dtype() == mx::float32 && q.shape(2) % 8 == 0;
+  if (!has_kernel) {
+    return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, s);
+  }
+  return mx::array(q.shape(), q.dtype(), std::make_shared<PagedAttentionPrimitive>(s, query_lens, context_lens, scale),
+                   {q, k_pool, v_pool, block_tables});
+}
+
 mx::array paged_attention_fallback(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
                                    const mx::array& block_tables, const std::vector<int>& query_lens,
-                                   const std::vector<int>& context_lens, float scale, mx::Stream s) {
+                                   const std::vector<int>& context_lens, float scale, mx::StreamOrDevice s_) {
+  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens);
+  const auto s = mx::to_stream(s_);
   const int block_size = k_pool.shape(1), num_heads = q.shape(1), head_dim = q.shape(2);
   std::vector<mx::array> outputs;
   int begin = 0;
@@ -140,27 +218,7 @@ mx::array paged_attention_fallback(const mx::array& q, const mx::array& k_pool, 
     outputs.push_back(mx::squeeze(mx::transpose(out, {0, 2, 1, 3}, s), 0, s));  // [query_len, H, D]
     begin = end;
   }
-  return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0, s);
-}
-
-}  // namespace
-
-std::pair<mx::array, mx::array> write_kv(const mx::array& k_pool, const mx::array& v_pool, const mx::array& k,
-                                         const mx::array& v, const mx::array& slot_mapping, mx::StreamOrDevice s_) {
-  check_write(k_pool, v_pool, k, v, slot_mapping);
-  const auto s = mx::to_stream(s_);
-  return {write_pool(k_pool, slot_mapping, k, s), write_pool(v_pool, slot_mapping, v, s)};
-}
-
-mx::array paged_attention(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
-                          const mx::array& block_tables, const std::vector<int>& query_lens,
-                          const std::vector<int>& context_lens, float scale, mx::StreamOrDevice s_) {
-  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens);
-  const auto s = mx::to_stream(s_);
-  if (query_lens.empty()) {
-    return mx::zeros_like(q, s);
-  }
-  return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, s);
+  return outputs.empty() ? q : mx::concatenate(outputs, 0, s);
 }
 
 }  // namespace mlx_server

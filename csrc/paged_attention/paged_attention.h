@@ -25,4 +25,10 @@ mlx::core::array paged_attention(const mlx::core::array& q, const mlx::core::arr
                                  const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
                                  mlx::core::StreamOrDevice s = {});
 
+// The specification: the same from MLX's own ops, on any device and for any floating point dtype.
+mlx::core::array paged_attention_fallback(const mlx::core::array& q, const mlx::core::array& k_pool,
+                                          const mlx::core::array& v_pool, const mlx::core::array& block_tables,
+                                          const std::vector<int>& query_lens, const std::vector<int>& context_lens,
+                                          float scale, mlx::core::StreamOrDevice s = {});
+
 }  // namespace mlx_server

@@ -1,49 +1,14 @@
-// The row kernels, written once on the vector types of GCC and Clang; each instruction set's file includes and compiles
-// them.
+// The row kernels, written once; each instruction set's file includes and compiles them.
 #pragma once
 
-#include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "common/simd.h"
 #include "sampling/row_kernels.h"
 
 namespace mlx_server {
 
 namespace {
-
-constexpr std::size_t kLanes = 8;
-using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Ints = std::int32_t __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
-
-template <typename Vec, typename T>
-inline void load(Vec& v, const T* p) {
-  std::memcpy(&v, p, sizeof(v));
-}
-template <typename Vec, typename T>
-inline void store(T* p, const Vec& v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-// x <= 0 -> exp(x), relative error below 2e-7; 0 where the result would be subnormal. exp(0) is exactly 1.
-// Cody and Waite's reduction x = n * ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r) (Cephes' expf).
-inline void exp_of(Floats& x) {
-  constexpr float kSmallest = -87.0f;
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low bits
-  const Ints too_small = x < kSmallest;
-  x = too_small ? Floats{} : x;
-  const Floats shifted = x * 0x1.715476p0f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Ints scaled = (Ints)p + ((Ints)shifted << 23);  // times 2^n
-  x = (Floats)(scaled & ~too_small);
-}
 
 RowMax max_of(const float* logits, std::size_t n) {
   Floats best = Floats{} - std::numeric_limits<float>::infinity();
@@ -106,7 +71,10 @@ void scale(const float* logits, std::size_t n, float max, float temperature, Key
     scale_lanes(logits + i, max, temperature, keys + i, weights + i);
   }
   if (whole < n) {
-    float rest[kLanes] = {};
+    float rest[kLanes];
+    for (float& logit : rest) {
+      logit = max;
+    }
     std::memcpy(rest, logits + whole, (n - whole) * sizeof(float));
     scale_lanes(rest, max, temperature, keys + whole, weights + whole);
   }

@@ -55,6 +55,9 @@ def write_kv(k_pool: mlx.core.array, v_pool: mlx.core.array, k: mlx.core.array, 
 
 def paged_attention(q: mlx.core.array, k_pool: mlx.core.array, v_pool: mlx.core.array, *, block_tables: mlx.core.array, query_lens: Sequence[int], context_lens: Sequence[int], scale: float) -> mlx.core.array: ...
 
+def paged_attention_fallback(q: mlx.core.array, k_pool: mlx.core.array, v_pool: mlx.core.array, *, block_tables: mlx.core.array, query_lens: Sequence[int], context_lens: Sequence[int], scale: float) -> mlx.core.array:
+    """The specification of `paged_attention` in MLX's own ops, for tests."""
+
 def sample(logits: mlx.core.array, *, temperature: mlx.core.array, top_k: mlx.core.array, top_p: mlx.core.array, min_p: mlx.core.array, seed: mlx.core.array, position: mlx.core.array) -> mlx.core.array: ...
 
 def sample_fallback(logits: mlx.core.array, *, temperature: mlx.core.array, top_k: mlx.core.array, top_p: mlx.core.array, min_p: mlx.core.array, seed: mlx.core.array, position: mlx.core.array) -> mlx.core.array:

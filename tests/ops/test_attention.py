@@ -1,5 +1,6 @@
 """`write_kv` and `paged_attention` against a NumPy oracle."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -7,8 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mlx_server import _ext
 from mlx_server.ops.attention import paged_attention, write_kv
 from reference.paged_attention import paged_attention as oracle
+
+Op = Callable[..., mx.array]
+OPS = pytest.mark.parametrize("op", [paged_attention, _ext.paged_attention_fallback], ids=["op", "fallback"])
 
 
 class Case:
@@ -40,8 +45,8 @@ class Case:
         self.q = rng.standard_normal((sum(self.query_lens), heads, head_dim)).astype(np.float32)
         self.scale = head_dim**-0.5
 
-    def run(self, dtype: mx.Dtype = mx.float32) -> NDArray[np.float32]:
-        out = paged_attention(
+    def run(self, op: Op = paged_attention, dtype: mx.Dtype = mx.float32) -> NDArray[np.float32]:
+        out = op(
             mx.array(self.q).astype(dtype),
             mx.array(self.k_pool).astype(dtype),
             mx.array(self.v_pool).astype(dtype),
@@ -77,34 +82,39 @@ class Case:
 MIXED = [(1, 1), (1, 37), (5, 5), (1, 64), (7, 50), (40, 40), (33, 130)]  # (query_len, context_len)
 
 
+@OPS
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1), (8, 2)])
-def test_grouped_queries(heads: int, kv_heads: int) -> None:
+def test_grouped_queries(op: Op, heads: int, kv_heads: int) -> None:
     case = Case(MIXED, heads=heads, kv_heads=kv_heads)
-    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=2e-6)
 
 
+@OPS
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 24, 7])
-def test_head_sizes(head_dim: int) -> None:
+def test_head_sizes(op: Op, head_dim: int) -> None:
     case = Case(MIXED, head_dim=head_dim)
-    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=2e-6)
 
 
+@OPS
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32, 256])
-def test_block_sizes(block_size: int) -> None:
+def test_block_sizes(op: Op, block_size: int) -> None:
     case = Case(MIXED, block_size=block_size)
-    np.testing.assert_allclose(case.run(), case.expected(), atol=2e-6)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=2e-6)
 
 
+@OPS
 @pytest.mark.parametrize("dtype, atol", [(mx.float16, 5e-3), (mx.bfloat16, 4e-2)])
-def test_half_precision(dtype: mx.Dtype, atol: float) -> None:
+def test_half_precision(op: Op, dtype: mx.Dtype, atol: float) -> None:
     case = Case(MIXED)
-    np.testing.assert_allclose(case.run(dtype), case.expected(), atol=atol)
+    np.testing.assert_allclose(case.run(op, dtype), case.expected(), atol=atol)
 
 
-def test_long_context_with_large_scores() -> None:
+@OPS
+def test_long_context_with_large_scores(op: Op) -> None:
     case = Case([(1, 3000), (70, 1100)])
     case.q *= 30  # softmax is near one-hot: exp must not overflow
-    np.testing.assert_allclose(case.run(), case.expected(), atol=1e-4)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=1e-4)
 
 
 def test_row_does_not_depend_on_the_batch() -> None:
@@ -112,6 +122,15 @@ def test_row_does_not_depend_on_the_batch() -> None:
     together = case.run()
     alone = np.concatenate([case.only_row(row).run() for row in range(len(MIXED))])
     np.testing.assert_array_equal(together, alone)
+
+
+def test_query_does_not_depend_on_how_the_prompt_was_cut() -> None:
+    whole = Case([(150, 150)])
+    together = whole.run()
+    for begin, end in [(0, 60), (60, 149), (149, 150)]:
+        chunk = whole.only_row(0)
+        chunk.q, chunk.query_lens, chunk.context_lens = whole.q[begin:end], [end - begin], [end]
+        np.testing.assert_array_equal(chunk.run(), together[begin:end])
 
 
 def test_no_rows() -> None:

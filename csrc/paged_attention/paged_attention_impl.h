@@ -1,0 +1,196 @@
+// The attention kernel, written once; each instruction set's file includes and compiles it.
+//
+// Keys are taken in chunks that stay in the L1 cache while all queries of a tile pass over them, with an online softmax
+// (Milakov and Gimelshein 2018). Chunks begin at fixed positions and each query is computed on its own, so its result
+// depends neither on the batch nor on how a prompt was cut.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "common/simd.h"
+#include "paged_attention/paged_attention_cpu.h"
+
+namespace mlx_server {
+
+namespace {
+
+constexpr int kVector = static_cast<int>(kLanes);
+constexpr int kChunkSize = 64;  // keys
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Where the keys and values of one chunk lie: the only thing that knows of blocks.
+struct Chunk {
+  int size;
+  const float* keys[kChunkSize];
+  const float* values[kChunkSize];
+};
+
+inline void locate(const PagedAttention& op, const AttentionTile& tile, int begin, int end, Chunk& chunk) {
+  const std::int32_t* table = op.block_tables + static_cast<std::ptrdiff_t>(tile.row) * op.max_blocks;
+  const std::ptrdiff_t token_stride = static_cast<std::ptrdiff_t>(op.num_kv_heads) * op.head_dim;
+  const std::ptrdiff_t head_offset = static_cast<std::ptrdiff_t>(tile.kv_head) * op.head_dim;
+  chunk.size = end - begin;
+  for (int i = 0; i < chunk.size; ++i) {
+    const int position = begin + i;
+    const std::ptrdiff_t slot =
+        static_cast<std::ptrdiff_t>(table[position / op.block_size]) * op.block_size + position % op.block_size;
+    chunk.keys[i] = op.k_pool + slot * token_stride + head_offset;
+    chunk.values[i] = op.v_pool + slot * token_stride + head_offset;
+  }
+  // Scores are computed kVector at a time; what is too much repeats the last key and is dropped.
+  for (int i = chunk.size; i % kVector != 0; ++i) {
+    chunk.keys[i] = chunk.keys[chunk.size - 1];
+  }
+}
+
+// The sums of the lanes of eight vectors.
+inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
+  Floats pairs[4], quads[2];
+  for (int i = 0; i < 4; ++i) {
+    const Floats &a = v[2 * i], &b = v[2 * i + 1];
+    pairs[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+               __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats &a = pairs[2 * i], &b = pairs[2 * i + 1];
+    quads[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  sums = __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// scores[i] = q · keys[i] for eight keys.
+inline void dot_keys(const float* q, const float* const* keys, int head_dim, float* scores) {
+  Floats sums[kLanes] = {};
+  for (int d = 0; d < head_dim; d += kVector) {
+    Floats x;
+    load(x, q + d);
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      Floats key;
+      load(key, keys[i] + d);
+      sums[i] += x * key;
+    }
+  }
+  Floats result;
+  sum_lanes(sums, result);
+  store(scores, result);
+}
+
+// acc[0 … kVectors * 8) += sum of weights[i] * values[i][0 … kVectors * 8)
+template <int kVectors>
+inline void add_values(const float* weights, const float* const* values, int num_values, int offset, float* acc) {
+  Floats sums[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    load(sums[j], acc + offset + j * kVector);
+  }
+  for (int i = 0; i < num_values; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      Floats value;
+      load(value, values[i] + offset + j * kVector);
+      sums[j] += value * weights[i];
+    }
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    store(acc + offset + j * kVector, sums[j]);
+  }
+}
+
+inline void add_values(const float* weights, const float* const* values, int num_values, int head_dim, float* acc) {
+  int d = 0;
+  for (; d + 8 * kVector <= head_dim; d += 8 * kVector) {
+    add_values<8>(weights, values, num_values, d, acc);
+  }
+  for (; d + 2 * kVector <= head_dim; d += 2 * kVector) {
+    add_values<2>(weights, values, num_values, d, acc);
+  }
+  if (d < head_dim) {
+    add_values<1>(weights, values, num_values, d, acc);
+  }
+}
+
+inline void scale(float* acc, int head_dim, float factor) {
+  for (int d = 0; d < head_dim; ++d) {
+    acc[d] *= factor;
+  }
+}
+
+// Turns num_seen scores into weights relative to a new maximum, to which sum and acc are rescaled.
+inline void update(OnlineSoftmax& softmax, float* scores, int num_seen, float* acc, int head_dim) {
+  float max = softmax.max;
+  for (int i = 0; i < num_seen; ++i) {
+    max = scores[i] > max ? scores[i] : max;
+  }
+  if (max > softmax.max) {
+    Floats change = Floats{} + (softmax.max - max);
+    exp_of(change);
+    softmax.sum *= change[0];
+    scale(acc, head_dim, change[0]);
+    softmax.max = max;
+  }
+  Floats sums{};
+  for (int i = 0; i < num_seen; i += kVector) {
+    Floats x;
+    load(x, scores + i);
+    x -= max;
+    exp_of(x);
+    store(scores + i, x);
+    sums += x;
+  }
+  float sum = 0;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    sum += sums[lane];
+  }
+  softmax.sum += sum;
+}
+
+// One query over the part of a chunk that it may see.
+inline void attend_chunk(const float* q, const Chunk& chunk, int num_seen, int head_dim, OnlineSoftmax& softmax,
+                         float* acc) {
+  alignas(64) float scores[kChunkSize];
+  for (int i = 0; i < num_seen; i += kVector) {
+    dot_keys(q, chunk.keys + i, head_dim, scores + i);
+  }
+  for (int i = num_seen; i % kVector != 0; ++i) {
+    scores[i] = -kInfinity;
+  }
+  update(softmax, scores, num_seen, acc, head_dim);
+  add_values(scores, chunk.values, num_seen, head_dim, acc);
+}
+
+void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q, OnlineSoftmax* softmax) {
+  const int group = op.num_heads / op.num_kv_heads, head_dim = op.head_dim;
+  const std::ptrdiff_t first_head = static_cast<std::ptrdiff_t>(tile.first_token) * op.num_heads + tile.kv_head * group;
+  auto head_offset = [&](int query, int head) {
+    return (first_head + static_cast<std::ptrdiff_t>(query) * op.num_heads + head) * head_dim;
+  };
+  const int num_heads = tile.num_queries * group;  // query by query
+  for (int i = 0; i < num_heads; ++i) {
+    const std::ptrdiff_t offset = head_offset(i / group, i % group);
+    softmax[i] = {-kInfinity, 0};
+    for (int d = 0; d < head_dim; ++d) {
+      scaled_q[i * head_dim + d] = op.q[offset + d] * op.scale;
+      op.out[offset + d] = 0;
+    }
+  }
+  const int end = tile.first_pos + tile.num_queries;
+  for (int begin = 0; begin < end; begin += kChunkSize) {
+    Chunk chunk;
+    locate(op, tile, begin, std::min(begin + kChunkSize, end), chunk);
+    for (int i = 0; i < num_heads; ++i) {
+      const int num_seen = std::min(chunk.size, tile.first_pos + i / group + 1 - begin);
+      if (num_seen > 0) {
+        attend_chunk(scaled_q + i * head_dim, chunk, num_seen, head_dim, softmax[i],
+                     op.out + head_offset(i / group, i % group));
+      }
+    }
+  }
+  for (int i = 0; i < num_heads; ++i) {
+    scale(op.out + head_offset(i / group, i % group), head_dim, 1 / softmax[i].sum);
+  }
+}
+
+}  // namespace
+
+}  // namespace mlx_server
