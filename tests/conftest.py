@@ -5,10 +5,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlx_server.checkpoint.demo import fetch_demo
+from mlx_server.checkpoint.progress import NoProgress
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fake_engine import Backend
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's file, downloaded on first use. Tests that need it carry the marker `model`."""
+    return fetch_demo(NoProgress())
 
 
 @pytest.fixture
