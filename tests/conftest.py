@@ -5,19 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_server.checkpoint.demo import fetch_demo
-from mlx_server.checkpoint.progress import NoProgress
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fake_engine import Backend
-
-
-@pytest.fixture(scope="session")
-def demo_gguf() -> Path:
-    """The demo model's file, downloaded on first use. Tests that need it carry the marker `model`."""
-    return fetch_demo(NoProgress())
 
 
 @pytest.fixture
@@ -31,7 +22,7 @@ def backend(tmp_path: Path) -> "Iterator[Backend]":
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """The demo model's file, downloaded if it is not in the cache."""
+    """The demo model's file, downloaded on first use. Tests that need it carry the marker `model`."""
     from mlx_server.checkpoint.demo import fetch_demo  # noqa: PLC0415 - only its users need the file
     from mlx_server.checkpoint.progress import NoProgress  # noqa: PLC0415
 
