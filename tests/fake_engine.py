@@ -2,12 +2,14 @@
 
 import codecs
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import falcon.testing
 import msgspec
 import zmq
 
@@ -30,6 +32,8 @@ from mlx_server.wire import (
     Submit,
     Tokens,
 )
+
+Post = Callable[..., falcon.testing.Result]  # a fixture: posts a chat completion request with the fields given
 
 END = 256  # the end token; 0…255 are the bytes
 Script = Callable[[Submit], Iterator[RequestOutput | None]]  # an output a step; None: nothing in this step
@@ -92,6 +96,7 @@ class FakeEngine:
         self.running: dict[str, Iterator[RequestOutput | None]] = {}
         self.num_hellos = 0
         self.silent = False  # take connections, but say nothing
+        self.outbox: queue.SimpleQueue[tuple[bytes, StepOutput]] = queue.SimpleQueue()  # sent as it is
         self._info = EngineInfo(context_length=context_length, vocab_size=END + 1)
         self._connections: dict[str, bytes] = {}
         self._stopping = threading.Event()
@@ -115,9 +120,11 @@ class FakeEngine:
     def _run(self) -> None:
         decoder = msgspec.msgpack.Decoder(ClientMessage)
         while not self._stopping.is_set():
-            while self._socket.poll(1 if self.running else 20):
+            while self._socket.poll(1 if self.running else 5):
                 connection, frame = self._socket.recv_multipart()
                 self._handle(connection, decoder.decode(frame))
+            while not self.outbox.empty():
+                self.send(*self.outbox.get())
             for request_id, script in list(self.running.items()):
                 output = next(script)
                 if isinstance(output, Finished | Failed):

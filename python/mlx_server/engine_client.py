@@ -24,7 +24,6 @@ from mlx_server.sampling_params import SamplingParams
 from mlx_server.wire import (
     MAX_FRAME_BYTES,
     Cancel,
-    ClientMessage,
     EngineInfo,
     EngineMessage,
     Failed,
@@ -36,6 +35,7 @@ from mlx_server.wire import (
 )
 
 log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.encode
 
 _RECONNECT_MS = 50
 # A stopped engine process keeps its socket open; only missing heartbeats tell. libzmq's own thread answers them, so a
@@ -83,12 +83,11 @@ class EngineClient:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._lock = threading.Lock()  # guards _info and _streams
         self._info: EngineInfo | None = None
         self._streams: dict[str, EngineStream] = {}
-        self._outbox: queue.SimpleQueue[ClientMessage] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -117,10 +116,13 @@ class EngineClient:
     ) -> EngineStream:
         """Start a request. OverloadedError while the engine is starting."""
         stream = EngineStream(uuid.uuid4().hex, self._cancel)
+        message = Submit(stream.request_id, prompt_token_ids, max_tokens, end_token_ids, sampling)
+        frame = _encode(message)
         with self._lock:
             self._ready_info()
             self._streams[stream.request_id] = stream
-        self._send(Submit(stream.request_id, prompt_token_ids, max_tokens, end_token_ids, sampling))
+            self._outbox.put(frame)
+        self._wake()
         return stream
 
     def fail_streams(self, code: str, message: str) -> None:
@@ -142,11 +144,8 @@ class EngineClient:
         with self._lock:
             stream = self._streams.pop(request_id, None)
         if stream is not None:
-            self._send(Cancel(request_id))
-
-    def _send(self, message: ClientMessage) -> None:
-        self._outbox.put(message)
-        self._wake()
+            self._outbox.put(_encode(Cancel(request_id)))
+            self._wake()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
@@ -161,10 +160,16 @@ class EngineClient:
                 self._configure(dealer)
                 monitor = dealer.get_monitor_socket()
                 dealer.connect(self._address)
-                self._serve(dealer, monitor)
+                try:
+                    self._serve(dealer, monitor)
+                except Exception:  # this thread is the process's only way to the engine: it must not end by a fault
+                    log.exception("the engine client failed; it connects again")
                 dealer.disable_monitor()
                 monitor.close(linger=0)
             self.fail_streams("engine_died", "The engine ended while it worked on this request.")
+            # Until there is EngineInfo again nothing is submitted, so this is all for the engine that is gone.
+            while not self._outbox.empty():
+                self._outbox.get_nowait()
         context.term()
 
     def _configure(self, dealer: zmq.Socket[bytes]) -> None:
@@ -193,24 +198,13 @@ class EngineClient:
             if monitor in ready:
                 event = recv_monitor_message(monitor)["event"]
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    dealer.send(self._encoder.encode(Hello()))
+                    dealer.send(_encode(Hello()))
                     connected = True
                 elif event in _END_OF_CONNECTION and connected:
                     log.warning("lost the connection to the engine")
                     return
-            self._flush_outbox(dealer if connected else None)
-
-    def _flush_outbox(self, dealer: zmq.Socket[bytes] | None) -> None:
-        """Send what request threads left. What was meant for an engine that is gone is dropped: its streams ended."""
-        while not self._outbox.empty():
-            message = self._outbox.get_nowait()
-            if dealer is None:
-                continue
-            if isinstance(message, Submit):
-                with self._lock:
-                    if message.request_id not in self._streams:
-                        continue
-            dealer.send(self._encoder.encode(message))
+            while connected and not self._outbox.empty():
+                dealer.send(self._outbox.get_nowait())
 
     def _receive(self, dealer: zmq.Socket[bytes]) -> bool:
         """Hand out all messages that are there; false if one can't be read, since no stream can be trusted then."""

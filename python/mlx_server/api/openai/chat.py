@@ -84,9 +84,8 @@ def _to_chat_message(message: Message, path: str) -> ChatMessage:
         field_path = f"{path}.{field}"
         raise InvalidRequestError(f"`{field_path}` is not supported yet.", param=field_path, code="unsupported")
     if message.role in ("tool", "function"):
-        raise InvalidRequestError(
-            f"Messages of role {message.role} are not supported yet.", param=f"{path}.role", code="unsupported"
-        )
+        fault = f"`{path}.role`: messages of role {message.role} are not supported yet."
+        raise InvalidRequestError(fault, param=f"{path}.role", code="unsupported")
     if message.content is None:
         raise InvalidRequestError(f"`{path}.content` is missing.", param=f"{path}.content")
     content = message.content if isinstance(message.content, str) else _to_text(message, f"{path}.content")
@@ -103,11 +102,8 @@ def _to_text(message: Message, path: str) -> str:
         if part.type == "refusal" and message.role == "assistant":
             text = part.refusal
         elif part.type != "text":
-            raise InvalidRequestError(
-                f"Parts of type {part.type[:64]!r} are not supported: this model reads text.",
-                param=f"{path}[{i}].type",
-                code="unsupported",
-            )
+            fault = f"`{path}[{i}].type`: parts of type {part.type[:64]!r} are not supported; this model reads text."
+            raise InvalidRequestError(fault, param=f"{path}[{i}].type", code="unsupported")
         if text is None:
             raise InvalidRequestError(f"`{path}[{i}].{part.type}` is missing.", param=f"{path}[{i}].{part.type}")
         texts.append(text)

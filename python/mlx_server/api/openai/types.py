@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 _ABSENT = Raw(b"null")
+_INT64_MAX = 2**63 - 1
 
 
 class Part(Struct):
@@ -39,13 +40,13 @@ class ChatCompletionRequest(Struct):
 
     model: str
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=_INT64_MAX)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=_INT64_MAX)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None  # extension, as vLLM's: -1 and 0 keep all
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # extension, as vLLM's: -1 and 0 keep all
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # extension, as vLLM's
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
