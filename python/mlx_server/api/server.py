@@ -27,7 +27,7 @@ from mlx_server.engine_client import EngineClient
 log = logging.getLogger(__name__)
 
 _NUM_WORKERS = 2
-_DRAIN_S = 30  # from the stop signal to the end of what still runs
+DRAIN_S = 30  # from the stop signal to the end of what still runs
 _DRAIN_MARGIN_S = 3  # for the error events of what was ended
 
 
@@ -43,12 +43,15 @@ class Server(BaseApplication):  # type: ignore[misc]
         launch: Launch,
         run_dir: Path,
         listener_fd: int,
+        *,
         load_model: Callable[[ResolvedModel], ServedModel] = load_served_model,
+        drain_s: int = DRAIN_S,
     ) -> None:
         self._launch = launch
         self._run_dir = run_dir
         self._listener_fd = listener_fd
         self._load_model = load_model
+        self.drain_s = drain_s
         self._start_time = int(time.time())
         self.engine: EngineClient | None = None
         super().__init__()
@@ -60,7 +63,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "workers": _NUM_WORKERS,
             "threads": 256,
             "keepalive": 75,
-            "graceful_timeout": _DRAIN_S + _DRAIN_MARGIN_S,
+            "graceful_timeout": self.drain_s + _DRAIN_MARGIN_S,
             "preload_app": False,
             "control_socket_disable": True,  # its path is one for all servers of a machine
             "logger_class": _Log,
@@ -105,7 +108,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.close()
         if self.app.engine is not None:
             stopping = ("server_stopping", "The server is shutting down.")
-            timer = threading.Timer(_DRAIN_S, self.app.engine.fail_streams, stopping)
+            timer = threading.Timer(self.app.drain_s, self.app.engine.fail_streams, stopping)
             timer.daemon = True
             timer.start()
 
@@ -120,9 +123,9 @@ class _Log(Logger):  # type: ignore[misc]
 
 
 def _end_with_supervisor() -> None:
-    """Stop the whole API process when the supervisor is gone: only it holds the other end of standard input.
+    """End the whole API process at once when the supervisor is gone: only it holds the other end of standard input.
 
-    Each worker watches, as the arbiter must have no threads, and tells the arbiter.
+    Each worker watches for itself and for the arbiter, which must have no threads.
     """
     if not stat.S_ISFIFO(os.fstat(0).st_mode):
         return  # started by hand
@@ -131,7 +134,7 @@ def _end_with_supervisor() -> None:
     def watch() -> None:
         while os.read(0, 1):
             pass
-        log.error("the supervisor is gone; stopping")
-        os.kill(arbiter, signal.SIGQUIT)
+        os.kill(arbiter, signal.SIGKILL)
+        os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
