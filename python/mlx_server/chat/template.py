@@ -90,7 +90,7 @@ class ChatTemplate:
 
     def _prepare(self, message: Message) -> dict[str, object]:
         """A message as the template wants it: content as text, or as parts if it can't take text."""
-        prepared = {key: value if key == "role" else self._escaped(value) for key, value in message.items()}
+        prepared: dict[str, Any] = self._escaped(message)
         content = prepared.get("content")
         if isinstance(content, list) and not self._wants_parts:
             prepared["content"] = "\n".join(part["text"] for part in content)
@@ -105,7 +105,7 @@ class ChatTemplate:
         if isinstance(value, str):
             return self._escape(value)
         if isinstance(value, Mapping):
-            return {key: item if key == "type" else self._escaped(item) for key, item in value.items()}
+            return {self._escaped(key): self._escaped(item) for key, item in value.items()}
         if isinstance(value, Sequence):
             return [self._escaped(item) for item in value]
         return value

@@ -18,7 +18,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 # An escaped special token is its number between two code points that Unicode reserves for use inside a program.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_ESCAPED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_ESCAPED = re.compile(f"{_OPEN}([0-9]{{1,6}}){_CLOSE}")
 
 
 class Tokenizer:
@@ -98,8 +98,8 @@ class Tokenizer:
 class TextStream:
     """Gives the text of tokens as they come, holding back a character until all its bytes are there."""
 
-    # A character has at most 4 bytes; a longer wait means that the bytes are no UTF-8.
-    MAX_PENDING = 8
+    # A character has at most 4 bytes; a much longer wait means that the bytes are no UTF-8.
+    MAX_PENDING = 16
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer

@@ -1,0 +1,109 @@
+"""Tokenizers built from GGUF metadata, held against llama.cpp's token ids and against SentencePiece's algorithm."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
+from mlx_server.checkpoint.gguf import GGUF, read_gguf
+from mlx_server.errors import ModelLoadError
+
+# The demo model's vocabulary and merges with each pre-tokenizer, as llama.cpp (xllamacpp 2026.10) tokenizes the texts,
+# special tokens recognized and none added.
+GOLDEN = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text("utf-8"))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("pre", GOLDEN["token_ids"])
+def test_token_ids_are_those_of_llama_cpp(demo_gguf, pre):
+    demo = read_gguf(demo_gguf)
+    tokenizer = tokenizer_from_gguf(GGUF(demo.path, demo.metadata | {"tokenizer.ggml.pre": pre}, {}))
+    for text, token_ids in zip(GOLDEN["texts"], GOLDEN["token_ids"][pre], strict=True):
+        if pre == "qwen2" and not unicodedata.is_normalized("NFC", text):
+            continue  # Qwen's own tokenizer composes characters first; llama.cpp leaves that out
+        assert tokenizer.encode(text, add_special_tokens=False).ids == token_ids, text
+        assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
+
+
+def sentencepiece(**changes: object) -> GGUF:
+    """A small vocabulary in SentencePiece's manner: bytes, letters, and pieces with scores."""
+    pieces = {"▁": -1.0, "h": -1.0, "e": -1.0, "l": -1.0, "o": -1.0}
+    pieces |= {"▁h": -10.0, "he": -2.0, "ll": -3.0, "hell": -4.0, "lo": -5.0, "hello": -6.0, "▁hello": -7.0}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + list(pieces.values()),
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    return GGUF(Path("model.gguf"), metadata | changes, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("hello", ["▁hello"]),
+        ("hell", ["▁", "hell"]),  # the best pair first: "he" (-2), not "▁h" (-10)
+        ("hellohello", ["▁hello", "hello"]),
+        ("hi", ["▁h", "<0x69>"]),
+        ("é", ["▁", "<0xC3>", "<0xA9>"]),
+        (" hello", ["▁", "▁hello"]),
+        ("</s>hello", ["</s>", "▁hello"]),
+        ("", []),
+    ],
+)
+def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(text, tokens):
+    tokenizer = tokenizer_from_gguf(sentencepiece())
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    assert encoding.tokens == tokens
+    assert tokenizer.decode(encoding.ids, skip_special_tokens=True) == text.removeprefix("</s>")
+
+
+def test_sentencepiece_without_space_prefix():
+    tokenizer = tokenizer_from_gguf(sentencepiece(**{"tokenizer.ggml.add_space_prefix": False}))
+    encoding = tokenizer.encode("hello hello", add_special_tokens=False)
+    assert encoding.tokens == ["hello", "▁hello"]
+    assert tokenizer.decode(encoding.ids) == "hello hello"
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ({}, ["<s>", "▁hello"]),
+        ({"tokenizer.ggml.add_bos_token": False}, ["▁hello"]),
+        ({"tokenizer.ggml.add_eos_token": True}, ["<s>", "▁hello", "</s>"]),
+    ],
+)
+def test_tokens_around_a_prompt(flags, tokens):
+    assert tokenizer_from_gguf(sentencepiece(**flags)).encode("hello").tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not supported (supported: gpt2, llama)"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "has the same token twice"),
+        ({"tokenizer.ggml.scores": [0.0]}, "must have an entry for each token"),
+        ({"tokenizer.ggml.bos_token_id": 7000}, "bos_token_id is 7000, outside the vocabulary"),
+        ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.merges is missing"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "new"}, "pre-tokenizer 'new' is not supported"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["h e", "x y"]}, "joins 'x y'"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["he"]}, "joins 'he'"),
+        ({"tokenizer.ggml.tokens": 7}, "tokenizer.ggml.tokens must be an array of str"),
+    ],
+)
+def test_refuses_what_is_inconsistent(changes, fault):
+    with pytest.raises(ModelLoadError) as caught:
+        tokenizer_from_gguf(sentencepiece(**changes))
+    assert fault in caught.value.message
+
+
+def test_token_of():
+    gguf = sentencepiece()
+    assert token_of(gguf, "eos") == "</s>"
+    assert token_of(gguf, "eot") is None
