@@ -59,7 +59,9 @@ void check_param(const char* name, const mx::array& param, mx::Dtype dtype, int 
   }
 }
 
-void check(const mx::array& logits, const SampleParams& params) {
+}  // namespace
+
+void check_sample(const mx::array& logits, const SampleParams& params) {
   if (logits.ndim() != 2 || logits.shape(1) < 1 || !mx::issubdtype(logits.dtype(), mx::floating)) {
     op_error(kName, "logits must be floating point [B, V] with V >= 1 but got ", logits.dtype(), " ", logits.shape());
   }
@@ -72,10 +74,8 @@ void check(const mx::array& logits, const SampleParams& params) {
   check_param("position", params.position, mx::uint32, batch_size);
 }
 
-}  // namespace
-
 mx::array sample(const mx::array& logits, const SampleParams& params, mx::StreamOrDevice s) {
-  check(logits, params);
+  check_sample(logits, params);
   const mx::Stream stream = mx::to_stream(s);
   if (stream.device != mx::Device::cpu) {
     return sample_fallback(logits, params, s);

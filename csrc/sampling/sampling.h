@@ -30,6 +30,9 @@ struct SampleParams {
 // A row with a logit that is NaN or +infinity, or without a finite one, gives kInvalidToken; -infinity is never drawn.
 mlx::core::array sample(const mlx::core::array& logits, const SampleParams& params, mlx::core::StreamOrDevice s = {});
 
+// Throws std::invalid_argument if a shape or dtype does not fit.
+void check_sample(const mlx::core::array& logits, const SampleParams& params);
+
 // The specification: the same from MLX's own ops, on any device.
 mlx::core::array sample_fallback(const mlx::core::array& logits, const SampleParams& params,
                                  mlx::core::StreamOrDevice s = {});

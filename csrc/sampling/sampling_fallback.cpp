@@ -75,7 +75,11 @@ mx::array draw(const mx::array& weights, const mx::array& u, mx::Stream s) {
 }  // namespace
 
 mx::array sample_fallback(const mx::array& logits, const SampleParams& params, mx::StreamOrDevice s_) {
+  check_sample(logits, params);
   const mx::Stream s = mx::to_stream(s_);
+  if (logits.shape(0) == 0) {
+    return mx::zeros({0}, mx::uint32, s);
+  }
   const auto x = mx::astype(logits, mx::float32, s);
   const auto max = mx::max(x, 1, /*keepdims=*/true, s);
   const auto temperature = column(params.temperature, s);
