@@ -55,8 +55,8 @@ params_rows = st.builds(
     Params,
     temperature=st.sampled_from([0.0, 1e-30, 0.3, 1.0, 2.5, 1e30]),
     top_k=st.integers(0, 50),
-    top_p=st.one_of(st.just(1.0), st.floats(1e-9, 1.0)),
-    min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
+    top_p=st.one_of(st.just(1.0), st.floats(2.0**-30, 1.0, width=32)),
+    min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0, width=32)),
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**32 - 1),
 )
