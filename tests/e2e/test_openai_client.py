@@ -7,12 +7,11 @@ from http.client import HTTPConnection
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
+
+from e2e_server import PARIS, STORY
 from server_process import until
 
 pytestmark = pytest.mark.model
-
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
-COUNT = [{"role": "user", "content": "Count from one to fifty in words."}]
 
 
 def complete(client, messages=PARIS, **fields):
@@ -101,13 +100,13 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(client):
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(server, client):
     sampled = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 20}
-    alone = [text_of(complete(client, COUNT, seed=seed, **sampled)) for seed in (1, 2)]
+    alone = [text_of(complete(client, STORY, seed=seed, **sampled)) for seed in (1, 2)]
     assert alone[0] != alone[1]
 
     async def together():
         async with AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as company:
             unseeded = [complete(company, PARIS, temperature=1.5, max_tokens=30) for _ in range(3)]
-            seeded = [complete(company, COUNT, seed=seed, **sampled) for seed in (1, 2, 1)]
+            seeded = [complete(company, STORY, seed=seed, **sampled) for seed in (1, 2, 1)]
             return (await asyncio.gather(*unseeded, *seeded))[3:]
 
     assert [text_of(completion) for completion in asyncio.run(together())] == [alone[0], alone[1], alone[0]]
@@ -115,12 +114,12 @@ def test_a_seed_gives_the_same_text_alone_and_in_company(server, client):
 
 def test_requests_that_join_and_leave_do_not_change_each_other(client):
     lengths = [4, 40, 9, 25, 1, 15]
-    alone = [text_of(complete(client, COUNT, max_tokens=length)) for length in lengths]
+    alone = [text_of(complete(client, STORY, max_tokens=length)) for length in lengths]
 
     async def streamed(company, length, delay_of):
         if delay_of is not None:
             await delay_of.wait()  # joins when the longest one is on its way
-        stream = await complete(company, COUNT, max_tokens=length, stream=True)
+        stream = await complete(company, STORY, max_tokens=length, stream=True)
         text = ""
         async for chunk in stream:
             text += chunk.choices[0].delta.content or ""
@@ -139,7 +138,7 @@ def test_requests_that_join_and_leave_do_not_change_each_other(client):
 
 def test_a_client_that_leaves_ends_its_work(server, client):
     cancelled = server.err.count(" cancelled")
-    stream = complete(client, COUNT, max_tokens=8000, stream=True, temperature=2)
+    stream = complete(client, STORY, max_tokens=8000, stream=True, temperature=2)
     next(stream)
     stream.close()
     until(lambda: server.err.count(" cancelled") == cancelled + 1, "the stream's request is cancelled")
@@ -147,7 +146,7 @@ def test_a_client_that_leaves_ends_its_work(server, client):
     steps = server.err.count(" engine: step")
     url = client.base_url
     connection = HTTPConnection(url.host, url.port, timeout=60)
-    body = {"model": "default", "messages": COUNT, "max_tokens": 8000, "temperature": 2}
+    body = {"model": "default", "messages": STORY, "max_tokens": 8000, "temperature": 2}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
     until(lambda: server.err.count(" engine: step") > steps, "the engine is at work on it")
     connection.close()

@@ -1,0 +1,23 @@
+"""A real server on the demo model, as a user starts it."""
+
+import sys
+from pathlib import Path
+
+from openai import OpenAI
+
+from server_process import ServerProcess
+
+MLX_SERVER = [str(Path(sys.executable).with_name("mlx-server"))]
+
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+STORY = [{"role": "user", "content": "Tell me a long story about a lighthouse."}]
+
+
+def start(*args: str) -> ServerProcess:
+    """`mlx-server` on the demo model and a free port; `args` win."""
+    return ServerProcess(MLX_SERVER, ["--model", "demo", "--host", "127.0.0.1", "--port", "0", *args])
+
+
+def connect(server: ServerProcess, api_key: str = "none") -> OpenAI:
+    """openai's client, once the server is ready. It does not repeat what fails."""
+    return OpenAI(base_url=f"{server.url()}/v1", api_key=api_key, max_retries=0, timeout=60)
