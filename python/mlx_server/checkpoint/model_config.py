@@ -78,7 +78,9 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
         raise ModelLoadError(f"{gguf.path}: mixture-of-experts models of architecture {arch!r} are not supported")
     hidden_size = gguf.require(f"{arch}.embedding_length", int)
     num_heads = gguf.require(f"{arch}.attention.head_count", int)
-    head_dim = gguf.get(f"{arch}.attention.key_length", int) or hidden_size // max(num_heads, 1)
+    if num_heads < 1:
+        raise ModelLoadError(f"{gguf.path}: metadata {arch}.attention.head_count is {num_heads}")
+    head_dim = gguf.get(f"{arch}.attention.key_length", int) or hidden_size // num_heads
     if (gguf.get(f"{arch}.rope.dimension_count", int) or head_dim) != head_dim:
         raise ModelLoadError(f"{gguf.path}: RoPE over a part of the head is not supported for architecture {arch!r}")
     if "token_embd.weight" not in gguf.tensors:
