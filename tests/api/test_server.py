@@ -426,6 +426,8 @@ def _is_refused(port: int) -> bool:
 
 
 def test_the_process_never_loads_mlx() -> None:
-    code = "import sys, mlx_server.api.__main__; print([name for name in sys.modules if name.partition('.')[0] == 'mlx'])"
+    code = (
+        "import sys, mlx_server.api.__main__; print([name for name in sys.modules if name.partition('.')[0] == 'mlx'])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

@@ -1,6 +1,8 @@
 """Every setting as flag, variable and default; what is said of a wrong one."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +109,13 @@ def test_help_shows_flag_variable_and_default_of_each(capsys):
 def test_version(capsys):
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mlx-server, version ")
+
+
+def test_the_readme_lists_the_settings():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| `(\w+)` \| (\S+) \| .+ \|$", readme, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(flag, variable) for flag, variable, *_ in SETTINGS]
+    parameters = {parameter.opts[0]: parameter for parameter in cli._command.params}
+    for flag, _, default in rows:
+        shown = default.strip("`")
+        assert shown == (parameters[flag].default or parameters[flag].show_default)
