@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from typing import Any
 
 import falcon.testing
 import pytest
 
-from fake_engine import Backend, Post
+from api_process import Process, running
+from fake_engine import Backend, Post, answer
 
 
 @pytest.fixture
@@ -18,3 +20,18 @@ def post(client: falcon.testing.TestClient) -> Post:
         return client.simulate_post("/v1/chat/completions", json=body)
 
     return post
+
+
+@pytest.fixture(scope="session")
+def shared_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with running(tmp_path_factory.mktemp("api")) as process:
+        yield process
+
+
+@pytest.fixture
+def process(shared_process: Process) -> Iterator[Process]:
+    shared_process.engine.script = answer()
+    shared_process.engine.submits.clear()
+    shared_process.engine.cancelled.clear()
+    yield shared_process
+    shared_process.disconnect()

@@ -1,7 +1,6 @@
 """gunicorn's workers on a real socket, with real clients: what only shows there."""
 
 import asyncio
-import http.client
 import json
 import os
 import signal
@@ -10,116 +9,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from fake_engine import FakeEngine, answer, endless, silent, until
-from mlx_server.config import Launch, ResolvedModel, Settings
+from api_process import CHAT, Process, request, running
+from fake_engine import answer, endless, silent, until
 from mlx_server.wire import Finished, RequestOutput, Submit, Tokens
-
-CHAT = "/v1/chat/completions"
-TESTS = Path(__file__).parents[1]
-
-
-class Process:
-    """An API process and its engine."""
-
-    def __init__(self, run_dir: Path, drain_s: int = 30, **settings: Any) -> None:
-        self.run_dir = run_dir
-        self.log = run_dir / "log"
-        self.engine = FakeEngine(f"ipc://{run_dir}/engine")
-        model = ResolvedModel("org/tiny", "")
-        Launch(Settings(model="tiny", **settings), model, self.engine.address).write(run_dir)
-        with socket.create_server(("127.0.0.1", 0)) as listener, self.log.open("w") as log:
-            self.port: int = listener.getsockname()[1]
-            stdin, self.lifeline = os.pipe()
-            self.process = subprocess.Popen(
-                [sys.executable, TESTS / "api/fake_server.py", run_dir, str(listener.fileno()), str(drain_s)],
-                env=os.environ | {"PYTHONPATH": str(TESTS)},
-                stdin=stdin,
-                stderr=log,
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-            )
-            os.close(stdin)
-        self.clients: list[openai.OpenAI | http.client.HTTPConnection | socket.socket] = []
-        until(lambda: self.log.read_text().count("connected to the engine") == 2, timeout_s=60)
-
-    def connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        self.clients.append(connection)
-        return connection
-
-    def get(self, path: str, **headers: str) -> int:
-        connection = self.connect()
-        connection.request("GET", path, headers=headers)
-        with connection.getresponse() as response:
-            return response.status
-
-    def send(self, **fields: Any) -> http.client.HTTPConnection:
-        connection = self.connect()
-        connection.request("POST", CHAT, json.dumps(request(**fields)), {"content-type": "application/json"})
-        return connection
-
-    def post(self, **fields: Any) -> http.client.HTTPResponse:
-        return self.send(**fields).getresponse()
-
-    def openai(self) -> openai.OpenAI:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=20, max_retries=0)
-        self.clients.append(client)
-        return client
-
-    def restart_engine(self) -> None:
-        count = self.log.read_text().count("connected to the engine")
-        self.engine.stop()
-        self.engine = FakeEngine(self.engine.address)
-        until(lambda: self.log.read_text().count("connected to the engine") == count + 2)
-
-    def disconnect(self) -> None:
-        """Close all clients."""
-        while self.clients:
-            self.clients.pop().close()
-
-    def close(self) -> None:
-        self.disconnect()
-        os.close(self.lifeline)
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.engine.stop()
-
-
-def request(**fields: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
-
-
-@contextmanager
-def running(run_dir: Path, **settings: Any) -> Iterator[Process]:
-    process = Process(run_dir, **settings)
-    try:
-        yield process
-    finally:
-        process.close()
-
-
-@pytest.fixture(scope="module")
-def shared_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with running(tmp_path_factory.mktemp("api")) as process:
-        yield process
-
-
-@pytest.fixture
-def process(shared_process: Process) -> Iterator[Process]:
-    shared_process.engine.script = answer()
-    shared_process.engine.submits.clear()
-    shared_process.engine.cancelled.clear()
-    yield shared_process
-    shared_process.disconnect()
-
 
 MESSAGES: Any = request()["messages"]
 
