@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 class Process:
     """An API process and its engine."""
 
-    def __init__(self, run_dir: Path, drain_s: int = 30, **settings: Any) -> None:
+    def __init__(self, run_dir: Path, drain_s: int = 30, send_timeout_s: int = 20, **settings: Any) -> None:
         self.run_dir = run_dir
         self.log = run_dir / "log"
         self.engine = FakeEngine(f"ipc://{run_dir}/engine")
@@ -32,9 +32,10 @@ class Process:
         Launch(Settings(model="tiny", **settings), model, self.engine.address).write(run_dir)
         with socket.create_server(("127.0.0.1", 0)) as listener, self.log.open("w") as log:
             self.port: int = listener.getsockname()[1]
+            numbers = (listener.fileno(), drain_s, send_timeout_s)
             stdin, self.lifeline = os.pipe()
             self.process = subprocess.Popen(
-                [sys.executable, TESTS / "api/fake_server.py", run_dir, str(listener.fileno()), str(drain_s)],
+                [sys.executable, TESTS / "api/fake_server.py", run_dir, *map(str, numbers)],
                 env=os.environ | {"PYTHONPATH": str(TESTS)},
                 stdin=stdin,
                 stderr=log,

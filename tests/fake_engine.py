@@ -148,11 +148,13 @@ class FakeEngine:
 
 
 class ByteStream:
+    """Bytes as text; ids beyond END are as many x."""
+
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(bytes([token_id]))
+        return "x" * (token_id - END) if token_id > END else self._decoder.decode(bytes([token_id]))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)

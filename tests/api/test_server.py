@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from api_process import CHAT, Process, request, running
-from fake_engine import answer, endless, silent, until
+from fake_engine import END, answer, endless, silent, until
 from mlx_server.wire import Finished, RequestOutput, Submit, Tokens
 
 MESSAGES: Any = request()["messages"]
@@ -112,6 +112,17 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(process: Process) -> Non
     assert b"assistant" in process.post(stream=True).readline()
     process.disconnect()
     until(lambda: process.engine.cancelled)
+
+
+def test_a_client_that_never_reads_ends_the_work(tmp_path: Path) -> None:
+    def script(submit: Submit) -> Iterator[RequestOutput]:
+        while True:
+            yield Tokens(submit.request_id, [END + 100_000])
+
+    with running(tmp_path, send_timeout_s=1) as process:
+        process.engine.script = script
+        process.send(stream=True)
+        until(lambda: process.engine.cancelled, timeout_s=30)
 
 
 # --- HTTP ---

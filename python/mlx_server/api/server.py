@@ -3,7 +3,9 @@
 import logging
 import os
 import signal
+import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _NUM_WORKERS = 2
 DRAIN_S = 30  # from the stop signal to the end of what still runs
+SEND_TIMEOUT_S = 20  # how long a client may take nothing of its answer
 _DRAIN_MARGIN_S = 3  # for the error events of what was ended
 
 
@@ -46,12 +49,14 @@ class Server(BaseApplication):  # type: ignore[misc]
         *,
         load_model: Callable[[ResolvedModel], ServedModel] = load_served_model,
         drain_s: int = DRAIN_S,
+        send_timeout_s: int = SEND_TIMEOUT_S,
     ) -> None:
         self._launch = launch
         self._run_dir = run_dir
         self._listener_fd = listener_fd
         self._load_model = load_model
         self.drain_s = drain_s
+        self.send_timeout_s = send_timeout_s
         self._start_time = int(time.time())
         self.engine: EngineClient | None = None
         super().__init__()
@@ -97,9 +102,18 @@ class Server(BaseApplication):  # type: ignore[misc]
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, with a stop that new clients see at once and that running streams see in the end."""
+    """gunicorn's threaded worker, with a limit on clients that do not read their answer, and with another stop.
+
+    That stop is seen by new clients at once, and by running streams in the end.
+    """
 
     app: Server
+
+    def init_process(self) -> None:
+        timeout = struct.pack("@ll", self.app.send_timeout_s, 0)  # a timeval; connections inherit it
+        for listener in self.sockets:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        super().init_process()
 
     def _cap_keepalive(self, deadline: float) -> None:
         """gunicorn calls this when a stop begins, between its last accept and the wait for what still runs."""
