@@ -2,12 +2,18 @@
 
 import json
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from gguf_writer import write_gguf
 from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
+from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.checkpoint.gguf import GGUF, read_gguf
 from mlx_server.errors import ModelLoadError
 
@@ -107,3 +113,37 @@ def test_token_of():
     gguf = sentencepiece()
     assert token_of(gguf, "eos") == "</s>"
     assert token_of(gguf, "eot") is None
+
+
+GOOD = write_gguf(
+    sentencepiece().metadata
+    | {"tokenizer.ggml.add_eos_token": True, "tokenizer.chat_template": "{{ messages[0].content }}"}
+    | {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64}
+    | {"llama.embedding_length": 4, "llama.feed_forward_length": 4, "llama.attention.head_count": 1}
+    | {"llama.attention.layer_norm_rms_epsilon": 1e-5},
+    {"token_embd.weight": np.zeros((300, 4), np.float32)},
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "model.gguf"
+
+
+def test_the_file_that_is_fuzzed_is_good(fuzzed):
+    fuzzed.write_bytes(GOOD)
+    assert Tokenizer.load(fuzzed).encode("hello", add_special_tokens=True) == [1, 270, 2]
+
+
+HEADER_BYTES = GOOD.rindex(b"token_embd") + 60
+
+
+@given(st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(0, 255)), min_size=1, max_size=6))
+@settings(max_examples=500)
+def test_fuzz_changed_bytes(fuzzed, changes):
+    data = bytearray(GOOD)
+    for index, value in changes:
+        data[index] = value
+    fuzzed.write_bytes(data)
+    with suppress(ModelLoadError):
+        Tokenizer.load(fuzzed).encode("hello", add_special_tokens=True)

@@ -163,6 +163,7 @@ def vocab_of(directory: Path, change: dict[str, int]) -> None:
         ("tokenizer.json", b"[" * 100_000, "does not describe a tokenizer"),
         ("tokenizer.json", b"\xff", "is not UTF-8"),
         ("config.json", None, "config.json is missing"),
+        ("config.json", b'{"model_type": "llama"}', "vocab_size must be an integer"),
         ("config.json", b'{"eos_token_id": "2"}', "eos_token_id must be a token id or a list of them but is '2'"),
         ("config.json", b'{"eos_token_id": -1}', "eos_token_id must be"),
         ("config.json", b'{"vocab_size": 259}', "token id 259 is outside the model's vocabulary of 259"),

@@ -86,8 +86,13 @@ def llama3_factors(factor: float, theta: float = 500000.0, head_dim: int = 64) -
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
-        smooth = min(max((8192 / wavelength - 1) / 3, 0), 1)
-        factors.append(1 / ((1 - smooth) / factor + smooth))
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(factors, np.float32)
 
 
@@ -125,6 +130,8 @@ def test_refuses_other_rope_factors(tmp_path, factors, fault):
         ({"general.architecture": None}, "general.architecture is missing"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": "2"}, "llama.block_count must be int but is str"),
+        ({"llama.rope.freq_base": -5.0}, "rope.freq_base is -5.0"),
+        ({"llama.rope.freq_base": math.inf}, "rope.freq_base is inf"),
         ({"llama.expert_count": 8}, "mixture-of-experts models"),
         ({"llama.rope.dimension_count": 32}, "RoPE over a part of the head"),
         ({"llama.attention.head_count": 0, "llama.rope.dimension_count": None}, "attention.head_count is 0"),

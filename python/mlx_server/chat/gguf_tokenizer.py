@@ -140,8 +140,10 @@ def _add_post_processor(gguf: GGUF, tokenizer: Tokenizer, tokens: list[str], add
     stated = gguf.get("tokenizer.ggml.add_bos_token", bool)
     bos = token_of(gguf, "bos") if (adds_bos if stated is None else stated) else None
     eos = token_of(gguf, "eos") if gguf.get("tokenizer.ggml.add_eos_token", bool) else None
-    special_tokens = [(token, tokens.index(token)) for token in (bos, eos) if token is not None]
+    pieces = [("BOS", bos), ("$A", None), ("EOS", eos)]
+    special_tokens = [
+        {"id": name, "ids": [tokens.index(token)], "tokens": [token]} for name, token in pieces if token is not None
+    ]
     if special_tokens:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[piece for piece in (bos, "$A", eos) if piece is not None], special_tokens=special_tokens
-        )
+        template = [name for name, token in pieces if name == "$A" or token is not None]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)

@@ -10,7 +10,13 @@ from tokenizers.decoders import DecodeStream
 from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional_json
-from mlx_server.checkpoint.model_config import generation_defaults, is_gguf, load_config
+from mlx_server.checkpoint.model_config import (
+    config_from_gguf,
+    generation_defaults,
+    gguf_end_token_ids,
+    is_gguf,
+    load_config,
+)
 from mlx_server.errors import ModelLoadError
 
 MAX_TOKENIZER_BYTES = 128 << 20
@@ -137,12 +143,12 @@ def _load_gguf(path: Path) -> Tokenizer:
         raise ModelLoadError(f"{path}: the chat template is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
     tokenizer = Tokenizer(
         tokenizer_from_gguf(gguf),
-        end_token_ids=generation_defaults(path).end_token_ids,
+        end_token_ids=gguf_end_token_ids(gguf),
         chat_template=template,
         bos_token=token_of(gguf, "bos"),
         eos_token=token_of(gguf, "eos"),
     )
-    _check_ids(path, tokenizer, gguf.tensors["token_embd.weight"].shape[0])
+    _check_ids(path, tokenizer, config_from_gguf(gguf)["vocab_size"])
     return tokenizer
 
 
@@ -157,9 +163,7 @@ def _load_directory(directory: Path) -> Tokenizer:
         bos_token=_token_text(config_path, config, "bos_token"),
         eos_token=_token_text(config_path, config, "eos_token"),
     )
-    vocab_size = load_config(directory).get("vocab_size")
-    if isinstance(vocab_size, int):
-        _check_ids(path, tokenizer, vocab_size)
+    _check_ids(path, tokenizer, load_config(directory).get("vocab_size"))
     return tokenizer
 
 
@@ -187,8 +191,10 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _check_ids(path: Path, tokenizer: Tokenizer, num_embeddings: int) -> None:
+def _check_ids(path: Path, tokenizer: Tokenizer, num_embeddings: object) -> None:
     """Each id that the tokenizer or the configs can give has a row in the embedding."""
+    if not isinstance(num_embeddings, int):
+        raise ModelLoadError(f"{path.parent / 'config.json'}: vocab_size must be an integer")
     largest = max([tokenizer.vocab_size - 1, *tokenizer.end_token_ids])
     if largest >= num_embeddings:
         raise ModelLoadError(f"{path}: token id {largest} is outside the model's vocabulary of {num_embeddings}")

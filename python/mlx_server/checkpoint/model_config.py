@@ -86,6 +86,8 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
     if "token_embd.weight" not in gguf.tensors:
         raise ModelLoadError(f"{gguf.path}: tensor 'token_embd.weight' is missing")
     rope_theta = gguf.get(f"{arch}.rope.freq_base", float) or 10000.0
+    if not 1 <= rope_theta < math.inf:
+        raise ModelLoadError(f"{gguf.path}: metadata {arch}.rope.freq_base is {rope_theta}")
     config: JsonObject = {
         "model_type": GGUF_ARCHITECTURES[arch],
         "hidden_size": hidden_size,
@@ -104,12 +106,13 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
         "mlp_bias": "blk.0.ffn_gate.bias" in gguf.tensors,
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id", int),
-        "eos_token_id": _gguf_end_token_ids(gguf),
+        "eos_token_id": gguf_end_token_ids(gguf),
     }
     return {key: value for key, value in config.items() if value is not None}
 
 
-def _gguf_end_token_ids(gguf: GGUF) -> list[int]:
+def gguf_end_token_ids(gguf: GGUF) -> list[int]:
+    """Ids at which generation ends."""
     names = ("eos", "eot", "eom")  # end of sequence, of turn, of message
     ids = (gguf.get(f"tokenizer.ggml.{name}_token_id", int) for name in names)
     return sorted({token_id for token_id in ids if token_id is not None})
@@ -138,21 +141,15 @@ def _llama3_scaling(gguf: GGUF, theta: float, head_dim: int) -> JsonObject:
     with gguf.path.open("rb") as file:
         file.seek(tensor.offset)
         stored = struct.unpack(f"<{head_dim // 2}f", file.read(tensor.size_bytes))
-    factor = float(max(stored))
-    low = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_LOW_FREQ_FACTOR
-    high = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_HIGH_FREQ_FACTOR
+    factor = max(stored)
     for i, value in enumerate(stored):
         wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
-        if wavelength < high:
-            expected = 1.0
-        elif wavelength > low:
-            expected = factor
-        else:
-            smooth = (LLAMA3_ORIGINAL_CONTEXT / wavelength - LLAMA3_LOW_FREQ_FACTOR) / (
-                LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
-            )
-            expected = 1 / ((1 - smooth) / factor + smooth)
-        if not math.isclose(value, expected, rel_tol=1e-4):
+        # 1 for wavelengths of which many fit into the original context, 0 for long ones
+        share = (LLAMA3_ORIGINAL_CONTEXT / wavelength - LLAMA3_LOW_FREQ_FACTOR) / (
+            LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
+        )
+        smooth = min(max(share, 0), 1)
+        if factor < 1 or not math.isclose(value, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
             raise ModelLoadError(f"{gguf.path}: the RoPE factors in 'rope_freqs.weight' are not those of Llama 3.1")
     return {
         "rope_type": "llama3",
