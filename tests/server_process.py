@@ -43,7 +43,7 @@ class ServerProcess:
         with self._out_path.open("wb") as out, self._err_path.open("wb") as err:
             self.process = subprocess.Popen(
                 [*command, *args],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
                 env=clean | {"TMPDIR": str(self.tmp_dir), "PYTHONUNBUFFERED": "1"} | (env or {}),
@@ -64,6 +64,8 @@ class ServerProcess:
         for process in self._seen.values():
             if process.is_running():
                 process.kill()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         shutil.rmtree(self.tmp_dir, ignore_errors=True)
 
     @property
@@ -84,7 +86,7 @@ class ServerProcess:
         def find() -> str | None:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended with {self.process.returncode}:\n{self.out}\n{self.err}")
-            found = re.search(r"Ready +(http://\S+)\n", self.out)
+            found = re.search(r"Ready *(?:\x1b\[0m)? (http://\S+)\s", self.out)
             return found and found[1]
 
         return until(find, "the Ready line", deadline_s)
@@ -106,6 +108,11 @@ class ServerProcess:
 
     def signal(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)
+
+    def type(self, keys: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(keys)
+        self.process.stdin.flush()
 
     def wait(self, deadline_s: float = 20.0) -> int:
         return self.process.wait(deadline_s)

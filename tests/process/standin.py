@@ -33,7 +33,7 @@ def engine(model: str, status: StatusPipe) -> None:
     elif model == "crash":
         os._exit(7)
     else:
-        status.send(Ready({"Model": f"{model}, a stand-in"}))
+        status.send(Ready({"Context": "7 tokens"}))
     signal.pause()
 
 

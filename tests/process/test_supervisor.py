@@ -1,11 +1,13 @@
 """The supervisor with stand-ins for its children: what starts when, what ends whom, and with which exit code."""
 
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,8 +19,8 @@ from server_process import ServerProcess, until
 COMMAND = [sys.executable, str(Path(__file__).with_name("server.py"))]
 
 
-def start(model: str, *args: str) -> ServerProcess:
-    return ServerProcess(COMMAND, ["--model", model, "--host", "127.0.0.1", "--port", "0", *args])
+def start(model: str, *args: str, command: Sequence[str] = COMMAND) -> ServerProcess:
+    return ServerProcess(command, ["--model", model, "--host", "127.0.0.1", "--port", "0", *args])
 
 
 def get(url: str) -> bytes:
@@ -31,7 +33,7 @@ def test_ready_means_that_a_request_succeeds():
     with start("m") as server:
         url = server.url()
         assert get(url + "/health") == b"first last"
-        assert "Model     m, a stand-in" in server.out
+        assert re.search(r"Model +m\n.*Context +7 tokens\n.*Ready", server.out, re.DOTALL)
         assert f"OPENAI_BASE_URL={url}/v1" in server.out
         assert f"curl {url}/v1/chat/completions" in server.out
         assert "Warning" not in server.out
@@ -73,6 +75,29 @@ def test_a_signal_lets_running_requests_finish(signum, tmp_path):
 def is_refused(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) != 0
+
+
+# Runs a command on a terminal of its own; what comes on standard input is typed there.
+ON_A_TERMINAL = [
+    sys.executable,
+    "-c",
+    "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))",
+]
+
+
+def test_ctrl_c_on_a_terminal_reaches_only_the_supervisor(tmp_path):
+    with start("m", command=[*ON_A_TERMINAL, *COMMAND]) as server:
+        url = server.url()
+        server.processes()
+        gate = tmp_path / "gate"
+        response = urllib.request.urlopen(f"{url}{gate}", timeout=20)
+        assert response.read(6) == b"first "
+        server.type(b"\x03")
+        until(lambda: "a second signal" in server.out, "the drain")
+        gate.touch()
+        assert response.read() == b"last"
+        assert server.wait() == 0
+        server.assert_nothing_left()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

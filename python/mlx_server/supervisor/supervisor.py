@@ -143,6 +143,7 @@ class Supervisor:
     async def _serve(self) -> None:
         """Raises when the server can't start; else it goes on until it is cancelled."""
         model = await self._fetch_model()
+        self._screen.line("Model", model.name)
         Launch(self._settings, model, f"ipc://{_engine_socket(self._run_dir)}").write(self._run_dir)
         lines = await self._start_engine()
         for heading, text in lines.items():
