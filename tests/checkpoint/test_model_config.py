@@ -132,6 +132,7 @@ def test_refuses_other_rope_factors(tmp_path, factors, fault):
         ({"llama.block_count": "2"}, "llama.block_count must be int but is str"),
         ({"llama.rope.freq_base": -5.0}, "rope.freq_base is -5.0"),
         ({"llama.rope.freq_base": math.inf}, "rope.freq_base is inf"),
+        ({"split.count": 3}, "is one of 3 parts"),
         ({"llama.expert_count": 8}, "mixture-of-experts models"),
         ({"llama.rope.dimension_count": 32}, "RoPE over a part of the head"),
         ({"llama.attention.head_count": 0, "llama.rope.dimension_count": None}, "attention.head_count is 0"),
@@ -164,6 +165,8 @@ def test_generation_defaults(tmp_path):
     advice = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0}
     write(tmp_path / "generation_config.json", {"eos_token_id": [5, 2], "do_sample": True, **advice})
     assert generation_defaults(tmp_path) == GenerationDefaults((2, 5), 0.6, 0.95, 20, 0)
+    write(tmp_path / "generation_config.json", {"top_k": -1, "top_p": None})
+    assert generation_defaults(tmp_path) == GenerationDefaults((2,), top_k=0)
     write(tmp_path / "generation_config.json", {"do_sample": False, **advice})
     assert generation_defaults(tmp_path) == GenerationDefaults((2,))
 
@@ -174,7 +177,7 @@ def test_generation_defaults(tmp_path):
         ({"temperature": "hot"}, "temperature must be a number from 0 to 100 but is 'hot'"),
         ({"temperature": math.nan}, "temperature must be a number"),
         ({"top_p": 1.5}, "top_p must be a number from 0 to 1 but is 1.5"),
-        ({"top_k": -1}, "top_k must be"),
+        ({"top_k": -2}, "top_k must be"),
         ({"min_p": True}, "min_p must be"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id must be a token id or a list"),
     ],

@@ -1,6 +1,7 @@
 """Text to token ids and back, for a model directory's `tokenizer.json` or the vocabulary in a GGUF file."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mlx_server.checkpoint.model_config import (
     is_gguf,
     load_config,
 )
-from mlx_server.errors import ModelLoadError
+from mlx_server.errors import InvalidRequestError, ModelLoadError
 
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -34,7 +35,10 @@ class Tokenizer:
         end_token_ids: what ends an answer, by the model's configs and its tokenizer.
         chat_template: the source of the model's chat template, None if it has none.
         bos_token, eos_token: as text, for the chat template.
-        vocab_size: one more than the largest token id.
+
+    Args:
+        num_embeddings: rows of the model's embedding. Tokens that were added to the vocabulary may lie beyond, such as
+            Gemma 3's for images; a text with one of them is refused.
     """
 
     def __init__(
@@ -45,12 +49,13 @@ class Tokenizer:
         chat_template: str | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.chat_template = chat_template
         self.bos_token = bos_token
         self.eos_token = eos_token
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._num_embeddings = sys.maxsize if num_embeddings is None else num_embeddings
         eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         self.end_token_ids = sorted({*end_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -66,9 +71,13 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those that the model wants around a prompt (BOS) too.
 
-        Special tokens that `text` spells out become these tokens; `escape` prevents it.
+        Special tokens that `text` spells out become these tokens; `escape` prevents it. InvalidRequestError if the
+        model has no embedding for a token.
         """
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if (largest := max(ids, default=0)) >= self._num_embeddings:
+            raise InvalidRequestError(f"the model can't read the token {self._tokenizer.id_to_token(largest)!r}")
+        return ids
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template. A template writes BOS itself, so none is added.
@@ -91,10 +100,6 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def token_text(self, token_id: int) -> str | None:
-        """The token as the vocabulary spells it; None if there is no such id."""
-        return self._tokenizer.id_to_token(token_id)
 
     def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
         """Decodes one answer, token by token."""
@@ -141,30 +146,32 @@ def _load_gguf(path: Path) -> Tokenizer:
     template = gguf.get("tokenizer.chat_template", str)
     if template is not None and len(template) > MAX_TEMPLATE_BYTES:
         raise ModelLoadError(f"{path}: the chat template is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
-    tokenizer = Tokenizer(
-        tokenizer_from_gguf(gguf),
-        end_token_ids=gguf_end_token_ids(gguf),
+    tokenizer = tokenizer_from_gguf(gguf)
+    end_token_ids = gguf_end_token_ids(gguf)
+    return Tokenizer(
+        tokenizer,
+        end_token_ids=end_token_ids,
         chat_template=template,
         bos_token=token_of(gguf, "bos"),
         eos_token=token_of(gguf, "eos"),
+        num_embeddings=_check_ids(path, tokenizer, end_token_ids, config_from_gguf(gguf)),
     )
-    _check_ids(path, tokenizer, config_from_gguf(gguf)["vocab_size"])
-    return tokenizer
 
 
 def _load_directory(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     config_path = directory / "tokenizer_config.json"
     config = read_optional_json(config_path)
-    tokenizer = Tokenizer(
-        _read_tokenizer(path),
-        end_token_ids=generation_defaults(directory).end_token_ids,
+    tokenizer = _read_tokenizer(path)
+    end_token_ids = generation_defaults(directory).end_token_ids
+    return Tokenizer(
+        tokenizer,
+        end_token_ids=end_token_ids,
         chat_template=_read_chat_template(directory, config),
         bos_token=_token_text(config_path, config, "bos_token"),
         eos_token=_token_text(config_path, config, "eos_token"),
+        num_embeddings=_check_ids(path, tokenizer, end_token_ids, load_config(directory)),
     )
-    _check_ids(path, tokenizer, load_config(directory).get("vocab_size"))
-    return tokenizer
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -191,13 +198,15 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _check_ids(path: Path, tokenizer: Tokenizer, num_embeddings: object) -> None:
-    """Each id that the tokenizer or the configs can give has a row in the embedding."""
+def _check_ids(path: Path, tokenizer: tokenizers.Tokenizer, end_token_ids: Sequence[int], config: JsonObject) -> int:
+    """The number of embeddings, after a check that there is one for each id of the vocabulary and each end token."""
+    num_embeddings = config.get("vocab_size")
     if not isinstance(num_embeddings, int):
         raise ModelLoadError(f"{path.parent / 'config.json'}: vocab_size must be an integer")
-    largest = max([tokenizer.vocab_size - 1, *tokenizer.end_token_ids])
+    largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *end_token_ids], default=0)
     if largest >= num_embeddings:
         raise ModelLoadError(f"{path}: token id {largest} is outside the model's vocabulary of {num_embeddings}")
+    return num_embeddings
 
 
 def _token_text(path: Path, config: JsonObject, key: str) -> str | None:

@@ -58,12 +58,12 @@ def generation_defaults(path: Path) -> GenerationDefaults:
     }
     if generation.get("do_sample") is False:
         return GenerationDefaults(tuple(sorted(end_token_ids)))  # greedy decoding is no advice on sampling
-    top_k = _number(generation_path, generation, "top_k", 0, 1 << 31)
+    top_k = _number(generation_path, generation, "top_k", -1, 1 << 31)
     return GenerationDefaults(
         end_token_ids=tuple(sorted(end_token_ids)),
         temperature=_number(generation_path, generation, "temperature", 0, 100),
         top_p=_number(generation_path, generation, "top_p", 0, 1) or None,
-        top_k=None if top_k is None else int(top_k),
+        top_k=None if top_k is None else max(int(top_k), 0),  # some write -1 for all
         min_p=_number(generation_path, generation, "min_p", 0, 1),
     )
 
@@ -74,6 +74,8 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
     if arch not in GGUF_ARCHITECTURES:
         known = ", ".join(sorted(GGUF_ARCHITECTURES))
         raise ModelLoadError(f"{gguf.path}: architecture {arch!r} is not supported (supported: {known})")
+    if (num_parts := gguf.get("split.count", int) or 1) > 1:
+        raise ModelLoadError(f"{gguf.path} is one of {num_parts} parts; join them with `llama-gguf-split --merge`")
     if gguf.get(f"{arch}.expert_count", int):
         raise ModelLoadError(f"{gguf.path}: mixture-of-experts models of architecture {arch!r} are not supported")
     hidden_size = gguf.require(f"{arch}.embedding_length", int)
