@@ -1,5 +1,8 @@
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,3 +236,31 @@ def test_the_disk_becomes_full(hub, monkeypatch):
 
     monkeypatch.setattr(hub_module, "_stream", full)
     assert "can't be stored in" in refused()
+
+
+def test_the_environment_of_a_new_process(hub, tmp_path):
+    code = (
+        "from mlx_server.checkpoint.resolve import resolve; from mlx_server.checkpoint.progress import NoProgress\n"
+        "print(resolve('org/model', progress=NoProgress()).path)"
+    )
+
+    def path_in(environment: dict[str, str]) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.strip()
+
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "other"), "HF_TOKEN": "hf_other"}
+    snapshot = path_in(environment)
+    assert snapshot == str(tmp_path / "other/models--org--model/snapshots" / COMMIT)
+    assert contents(Path(snapshot)) == FILES
+    assert set(hub.paths()) == {
+        "GET /api/models/org/model",
+        *(f"GET /org/model/resolve/{COMMIT}/{name}" for name in FILES),
+    }
+    headers = hub.requests[0][2]
+    assert headers["authorization"] == "Bearer hf_other"
+    assert headers["user-agent"].startswith("mlx-server/")
+    hub.requests.clear()
+    assert path_in(environment | {"HF_HUB_OFFLINE": "1"}) == snapshot
+    assert hub.requests == []

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -57,6 +58,10 @@ PARTIAL_CONTENT = 206
 _CHUNK_BYTES = 1 << 20
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
+# Without this the library looks for signs of coding agents, asks the hub for a list of them, and reports what it found.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+
+_CLIENT = {"library_name": "mlx-server", "library_version": version("mlx-server")}
 _T = TypeVar("_T")
 
 
@@ -104,7 +109,7 @@ def _ask(model_id: str) -> tuple[str, list[_File]]:
     """The commit that `main` is now, and its files that are needed."""
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT
     try:
-        info = _retry(lambda: HfApi().model_info(model_id, files_metadata=True, timeout=timeout_s))
+        info = _retry(lambda: HfApi(**_CLIENT).model_info(model_id, files_metadata=True, timeout=timeout_s))
         commit = _checked_hash(info.sha)
         return commit, _needed_files(model_id, commit, info.siblings or [])
     except HFValidationError:
@@ -190,7 +195,9 @@ def _append(file: _File, advance: Advance) -> None:
 
 def _stream(file: _File, target: BinaryIO, advance: Advance) -> None:
     have = target.tell()
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = (
+        build_hf_headers(**_CLIENT) | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    )
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte
     with get_session().stream("GET", file.url, headers=headers, timeout=timeout_s) as response:
         _raise_for_status(response)
