@@ -12,7 +12,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -36,6 +35,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
     hf_raise_for_status,
 )
 
+from mlx_server import __version__
 from mlx_server.checkpoint.progress import Advance, Progress
 from mlx_server.errors import ModelLoadError
 
@@ -61,7 +61,7 @@ _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 # Without this the library looks for signs of coding agents, asks the hub for a list of them, and reports what it found.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 
-_CLIENT = {"library_name": "mlx-server", "library_version": version("mlx-server")}
+_USER_AGENT = f"mlx-server/{__version__}"
 _T = TypeVar("_T")
 
 
@@ -109,7 +109,9 @@ def _ask(model_id: str) -> tuple[str, list[_File]]:
     """The commit that `main` is now, and its files that are needed."""
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT
     try:
-        info = _retry(lambda: HfApi(**_CLIENT).model_info(model_id, files_metadata=True, timeout=timeout_s))
+        info = _retry(
+            lambda: HfApi(user_agent=_USER_AGENT).model_info(model_id, files_metadata=True, timeout=timeout_s)
+        )
         commit = _checked_hash(info.sha)
         return commit, _needed_files(model_id, commit, info.siblings or [])
     except HFValidationError:
@@ -195,9 +197,9 @@ def _append(file: _File, advance: Advance) -> None:
 
 def _stream(file: _File, target: BinaryIO, advance: Advance) -> None:
     have = target.tell()
-    headers = (
-        build_hf_headers(**_CLIENT) | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    )
+    headers = build_hf_headers(user_agent=_USER_AGENT) | {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte
     with get_session().stream("GET", file.url, headers=headers, timeout=timeout_s) as response:
         _raise_for_status(response)
