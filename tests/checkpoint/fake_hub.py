@@ -23,6 +23,7 @@ class FakeHub:
         self.cut_after: dict[str, int] = {}  # file name -> bytes after which its next body ends
         self.corrupt = False  # file bodies have the right length and a wrong byte
         self.ignore_range = False
+        self.stalled: threading.Event | None = None  # answers come only after it is set
         self.portal = False  # everything is answered by a login page
         self.url = self.cdn_url = ""
 
@@ -52,7 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         path = self.path.partition("?")[0]
         hub.requests.append((f"GET {path}", self.origin, {key.lower(): value for key, value in self.headers.items()}))
-        if hub.portal:
+        if hub.stalled:
+            hub.stalled.wait()
+        elif hub.portal:
             self.reply(200, b"<html>Log in to the airport's network</html>", {"Content-Type": "text/html"})
         elif hub.statuses:
             status, code = hub.statuses.pop(0)

@@ -3,6 +3,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,16 @@ def test_no_network(hub, monkeypatch):
     use_endpoint(monkeypatch, "http://127.0.0.1:1")
     assert fetch_from_hub("org/model", NoProgress()) == snapshot
     assert "http://127.0.0.1:1 can't be reached" in refused("org/other")
+
+
+def test_a_hub_that_stalls(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
+    hub.stalled = threading.Event()
+    try:
+        assert "can't be reached" in refused()
+    finally:
+        hub.stalled.set()
+    assert len(hub.requests) == 4
 
 
 def test_no_disk_space(hub, monkeypatch):

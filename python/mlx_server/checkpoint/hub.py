@@ -107,11 +107,10 @@ def fetch_from_hub(model_id: str, progress: Progress) -> Path:
 
 def _ask(model_id: str) -> tuple[str, list[_File]]:
     """The commit that `main` is now, and its files that are needed."""
+    api = HfApi(user_agent=_USER_AGENT)
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT
     try:
-        info = _retry(
-            lambda: HfApi(user_agent=_USER_AGENT).model_info(model_id, files_metadata=True, timeout=timeout_s)
-        )
+        info = _retry(lambda: api.model_info(model_id, files_metadata=True, timeout=timeout_s))
         commit = _checked_hash(info.sha)
         return commit, _needed_files(model_id, commit, info.siblings or [])
     except HFValidationError:
