@@ -91,9 +91,9 @@ class ServerProcess:
 
         return until(find, "the Ready line", deadline_s)
 
-    def processes(self, word: str = "") -> list[psutil.Process]:
+    def processes(self, word: str = "", *, recursive: bool = True) -> list[psutil.Process]:
         """Those of the server's children, grandchildren … that are alive and have `word` in their command."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = psutil.Process(self.process.pid).children(recursive)
         found = [child for child in children if _is_alive(child) and any(word in part for part in _command(child))]
         self._seen |= {process.pid: process for process in found}
         return found
@@ -102,7 +102,7 @@ class ServerProcess:
         """The child whose command has `word`: the first one, without its own children."""
 
         def find() -> psutil.Process | None:
-            return next((p for p in self.processes(word) if p.ppid() == self.process.pid and p != other_than), None)
+            return next((p for p in self.processes(word, recursive=False) if p != other_than), None)
 
         return until(find, f"a child process {word}")
 
