@@ -141,7 +141,7 @@ def test_integers_are_no_weights(tmp_path):
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"hidden_size": "64"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
         ({"num_hidden_layers": 0}, r"Expected `int` >= 1 - at `\$.num_hidden_layers`"),
-        ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key-value heads"),
+        ({"num_key_value_heads": 3}, "4 heads can't share 3 key-value heads"),
         ({"head_dim": 13}, "head size 13 must be even"),
         ({"hidden_act": "gelu"}, r"hidden_act"),
         (
@@ -177,6 +177,26 @@ def test_a_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelLoadError, match=str(path)):
         load_model(str(tmp_path))
+
+
+def test_columns_must_be_whole_groups(tmp_path):
+    config = CONFIG | {"intermediate_size": 96, "quantization": {"group_size": 64, "bits": 4}}
+    down_proj = "model.layers.0.mlp.down_proj"
+    weights = random_weights(config)
+    weights[f"{down_proj}.weight"] = mx.zeros((64, 12), mx.uint32)
+    weights[f"{down_proj}.scales"] = weights[f"{down_proj}.biases"] = mx.zeros((64, 1))
+    with pytest.raises(ModelLoadError, match=f"{down_proj} has 96 columns, not groups of 64"):
+        load_model(save(tmp_path, config, weights))
+
+
+def test_weights_that_cannot_be_read_are_said_so(tmp_path, monkeypatch):
+    def no_memory(*arrays):
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    directory = save(tmp_path, CONFIG, random_weights(CONFIG))
+    monkeypatch.setattr(mx, "eval", no_memory)
+    with pytest.raises(ModelLoadError, match="weights can't be read, or memory does not hold them"):
+        load_model(directory)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_server.errors import ModelLoadError
 from mlx_server.models.quantize import Quantization
 from mlx_server.models.weights import Weights
 from mlx_server.ops.linear import quantized_linear
@@ -30,6 +31,10 @@ class QuantizedMatrix:
         self.quantization = quantization
         self.dtype = weights.dtype
         affine = quantization.mode == "affine"
+        if num_columns % quantization.group_size:
+            raise ModelLoadError(
+                f"{weights.source}: {weights.name} has {num_columns} columns, not groups of {quantization.group_size}"
+            )
         groups = (num_rows, num_columns // quantization.group_size)
         self.weight = weights.take("weight", (num_rows, num_columns * quantization.bits // 32), mx.uint32)
         self.scales = weights.take("scales", groups, mx.floating if affine else mx.uint8)
@@ -37,7 +42,7 @@ class QuantizedMatrix:
 
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
-        group_size, bits, mode = (self.quantization.group_size, self.quantization.bits, self.quantization.mode)
+        group_size, bits, mode = self.quantization.group_size, self.quantization.bits, self.quantization.mode
         if self.biases is not None:
             return quantized_linear(x, self.weight, self.scales, self.biases, group_size=group_size, bits=bits)
         return mx.quantized_matmul(x, self.weight, self.scales, group_size=group_size, bits=bits, mode=mode)

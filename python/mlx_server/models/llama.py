@@ -44,9 +44,7 @@ class LlamaArgs(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} attention heads can't share {self.num_kv_heads} key-value heads"
-            )
+            raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_kv_heads} key-value heads")
         if self.head_size % 2:
             raise ValueError(f"head size {self.head_size} must be even")
 
@@ -55,7 +53,7 @@ class Attention:
     def __init__(self, args: LlamaArgs, layer: int, freqs: mx.array, weights: Weights) -> None:
         self.layer, self.freqs = layer, freqs
         self.head_dim = args.head_size
-        q_features, kv_features = (args.num_attention_heads * args.head_size, args.num_kv_heads * args.head_size)
+        q_features, kv_features = args.num_attention_heads * args.head_size, args.num_kv_heads * args.head_size
         bias = args.attention_bias
         self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, q_features, bias=bias)
         self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=bias)

@@ -36,7 +36,10 @@ def load_model(path: str) -> Model:
     weights = Weights(path, tensors, plan, _activation_dtype(tensors))
     model = ARCHITECTURES[model_type](config, weights)
     weights.check_all_taken()
-    mx.eval(weights.taken)
+    try:
+        mx.eval(weights.taken)
+    except RuntimeError as error:
+        raise ModelLoadError(f"{path}: the weights can't be read, or memory does not hold them") from error
     return model
 
 

@@ -32,12 +32,17 @@ class Weights:
         """The tensors whose names go on with `name` and a dot."""
         return Weights(self.source, self._tensors, self._plan, self.dtype, f"{self._prefix}{name}.", self.taken)
 
+    @property
+    def name(self) -> str:
+        """The layer whose tensors these are."""
+        return self._prefix.removesuffix(".")
+
     def has(self, name: str) -> bool:
         return self._prefix + name in self._tensors
 
     def quantization(self) -> Quantization | None:
         """How the layer at this prefix is quantized, None if it is not."""
-        return self._plan.of(self._prefix.rstrip("."), has_scales=self.has("scales"))
+        return self._plan.of(self.name, has_scales=self.has("scales"))
 
     def take(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | mx.DtypeCategory = mx.floating) -> mx.array:
         """The tensor `name`, lazy. ModelLoadError if it is missing or has another shape or kind of dtype."""
