@@ -87,6 +87,7 @@ def start_mlx_lm(path: Path) -> Start:
 
 @pytest.fixture(scope="module", params=[start_ours, start_mlx_lm], ids=["mlx-server", "mlx-lm"])
 def start(request, demo_gguf) -> Start:
+    mx.reset_peak_memory()
     return request.param(demo_gguf)
 
 
