@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/cpu_info.h"
-#include "elementwise/elementwise_kernels.h"
 
 namespace mlx_server {
 
@@ -37,22 +36,16 @@ void rotate_token(const Rope& op, std::int64_t token, const float* cosines, cons
   }
 }
 
-std::vector<const ElementwiseKernels*> supported_kernels() {
-  std::vector<const ElementwiseKernels*> kernels;
-#if defined(__x86_64__)
-  if (cpu_has_avx2()) {
-    kernels.push_back(&kElementwiseAvx2);
-  }
-#endif
-  kernels.push_back(&kElementwiseBaseline);
-  return kernels;
-}
-
 }  // namespace
 
 std::span<const ElementwiseKernels* const> elementwise_kernels() {
-  static const std::vector<const ElementwiseKernels*> kernels = supported_kernels();
-  return kernels;
+#if defined(__x86_64__)
+  static const ElementwiseKernels* const all[] = {&kElementwiseAvx2, &kElementwisePortable};
+  return std::span(all).subspan(cpu_has_avx2() ? 0 : 1);
+#else
+  static const ElementwiseKernels* const all[] = {&kElementwisePortable};
+  return all;
+#endif
 }
 
 void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& kernels) {

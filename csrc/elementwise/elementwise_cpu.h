@@ -42,6 +42,8 @@ struct ElementwiseKernels {
 // The kernels that this processor can run, best first.
 std::span<const ElementwiseKernels* const> elementwise_kernels();
 
+extern const ElementwiseKernels kElementwiseAvx2, kElementwisePortable;
+
 void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 void silu_mul(const SiluMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 void rope(const Rope& op, ThreadPool& pool);
