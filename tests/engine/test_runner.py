@@ -96,6 +96,7 @@ class Poisoned:
     def __init__(self, model: Model, poison: int) -> None:
         self._model, self._poison = model, poison
         self.kv_spec, self.context_length, self.vocab_size = model.kv_spec, model.context_length, model.vocab_size
+        self.state_spec = model.state_spec
 
     def __call__(self, token_ids, ctx):
         self.is_poison = (token_ids == self._poison).any()

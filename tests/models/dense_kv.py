@@ -13,7 +13,7 @@ class DenseKV:
 
 
 class DenseContext:
-    """`AttentionContext` of one step, in which each request of `num_tokens` has so many tokens."""
+    """`StepContext` of one step, in which each request of `num_tokens` has so many tokens."""
 
     def __init__(self, kv: DenseKV, num_tokens: dict[str, int]) -> None:
         starts = {name: kv.lengths.get(name, 0) for name in num_tokens}

@@ -21,7 +21,7 @@ class KVPools:
 
 
 class PagedAttentionContext:
-    """`AttentionContext` of one step: writes the new KV into the pools and attends through the block tables."""
+    """`StepContext` of one step: writes the new KV into the pools and attends through the block tables."""
 
     def __init__(self, pools: KVPools, arrays: BatchArrays) -> None:
         self.positions = mx.array(arrays.positions)  # [T]
@@ -45,6 +45,21 @@ class PagedAttentionContext:
             context_lens=self._context_lens,
             scale=scale,
         )
+
+    def gated_delta(
+        self,
+        layer: int,
+        qkv: mx.array,
+        conv_weight: mx.array,
+        a: mx.array,
+        b: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        *,
+        num_key_heads: int,
+        key_head_dim: int,
+    ) -> mx.array:
+        raise NotImplementedError("the engine has no slots for recurrent states")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import msgspec
 
 from mlx_server.checkpoint.json_file import JsonObject
-from mlx_server.models.base import AttentionContext, KVSpec
+from mlx_server.models.base import KVSpec, StepContext
 from mlx_server.models.config import convert
 from mlx_server.models.layers import Embedding, Linear, RMSNorm
 from mlx_server.models.rope import read_rope_parameters
@@ -60,7 +60,7 @@ class Attention:
         self.v_proj = Linear(weights.at("v_proj"), args.hidden_size, kv_features, bias=bias)
         self.o_proj = Linear(weights.at("o_proj"), q_features, args.hidden_size, bias=bias)
 
-    def __call__(self, x: mx.array, ctx: AttentionContext) -> mx.array:
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
         num_tokens = x.shape[0]
         q = self.q_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, H, D]
         k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
@@ -91,7 +91,7 @@ class DecoderLayer:
             weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
         )
 
-    def __call__(self, x: mx.array, ctx: AttentionContext) -> mx.array:
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), ctx)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -114,10 +114,11 @@ class Llama:
         self.lm_head = None if tied else Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
 
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype)
+        self.state_spec = None
         self.context_length = args.max_position_embeddings
         self.vocab_size = args.vocab_size
 
-    def __call__(self, token_ids: mx.array, ctx: AttentionContext) -> mx.array:
+    def __call__(self, token_ids: mx.array, ctx: StepContext) -> mx.array:
         x = self.embed_tokens(token_ids)  # [T, hidden_size]
         for layer in self.layers:
             x = layer(x, ctx)
