@@ -1,9 +1,11 @@
 #include "paged_attention/paged_attention.h"
 
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
+#include "paged_attention/kv_pool.h"
 
 namespace nb = nanobind;
 
@@ -11,6 +13,13 @@ namespace mlx_server {
 
 void bind_paged_attention(nb::module_& m) {
   using mlx::core::array;
+  m.def(
+      "new_kv_pool",
+      [](std::tuple<int, int, int, int> shape, mlx::core::Dtype dtype) {
+        const auto [num_blocks, block_size, num_heads, head_dim] = shape;
+        return new_kv_pool({num_blocks, block_size, num_heads, head_dim}, dtype);
+      },
+      nb::arg("shape"), nb::arg("dtype"));
   m.def(
       "write_kv",
       [](const array& k_pool, const array& v_pool, const array& k, const array& v, const array& slot_mapping) {

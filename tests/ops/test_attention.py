@@ -1,6 +1,9 @@
 """`write_kv` and `paged_attention` against a NumPy oracle."""
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mlx_server import _ext
-from mlx_server.ops.attention import paged_attention, write_kv
+from mlx_server.ops.attention import new_kv_pool, paged_attention, write_kv
 from reference.paged_attention import paged_attention as oracle
 
 Op = Callable[..., mx.array]
@@ -220,3 +223,28 @@ def test_write_kv_wrong_arguments() -> None:
         write_kv(pool, pool, token, token, slots[:2])
     with pytest.raises(ValueError, match=r"\[write_kv\] k_pool and v_pool must have one shape"):
         write_kv(pool, pool[:3], token, token, slots)
+
+
+def test_a_new_pool_has_the_shape_and_can_be_written() -> None:
+    pool = new_kv_pool((4, 2, 1, 8), mx.float32)
+    assert (pool.shape, pool.dtype) == ((4, 2, 1, 8), mx.float32)
+    ones = mx.ones((8, 1, 8))
+    written, _ = write_kv(pool, new_kv_pool((4, 2, 1, 8), mx.float32), ones, ones, mx.arange(8))
+    assert mx.array_equal(written.flatten(), ones.flatten())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
+def test_blocks_without_tokens_take_no_memory_on_the_cpu() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    with mx.stream(mx.cpu):
+        pool = new_kv_pool((1024, 1024, 1, 64), mx.float32)
+        mx.eval(pool)
+    assert resident_bytes() - before < pool.nbytes // 10
+
+
+def test_new_pool_refuses_sizes_below_one() -> None:
+    with pytest.raises(ValueError, match="new_kv_pool"):
+        new_kv_pool((0, 16, 2, 64), mx.float32)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_server.engine.batch import Batch, BatchArrays, StepResult
 from mlx_server.models.base import KVSpec, Model
-from mlx_server.ops.attention import paged_attention, write_kv
+from mlx_server.ops.attention import new_kv_pool, paged_attention, write_kv
 from mlx_server.ops.sampling import sample
 
 
@@ -15,8 +15,8 @@ class KVPools:
 
     def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        self.keys = [mx.zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
-        self.values = [mx.zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
+        self.keys = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
+        self.values = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
         mx.eval(self.keys, self.values)
 
 

@@ -9,6 +9,17 @@ import mlx.core as mx
 from mlx_server import _ext
 
 
+def new_kv_pool(shape: tuple[int, int, int, int], dtype: mx.Dtype) -> mx.array:
+    """A pool for keys or values, [N, block_size, Hk, D], with undefined contents.
+
+    On the CPU, blocks that no token was ever written to take no memory.
+
+    Raises:
+        ValueError: a size is less than 1.
+    """
+    return _ext.new_kv_pool(shape, dtype)
+
+
 def write_kv(
     k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slot_mapping: mx.array
 ) -> tuple[mx.array, mx.array]:
