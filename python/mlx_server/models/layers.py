@@ -5,6 +5,7 @@ import mlx.core as mx
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.quantize import Quantization
 from mlx_server.models.weights import Weights
+from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.linear import quantized_linear
 from mlx_server.ops.norm import rms_norm
 
@@ -102,3 +103,15 @@ class RMSNorm:
 
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self._weight, self._eps)
+
+
+class SwiGLU:
+    """x [..., features] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., features] (Shazeer, 2020)"""
+
+    def __init__(self, weights: Weights, features: int, hidden_features: int, *, bias: bool = False) -> None:
+        self.gate_proj = Linear(weights.at("gate_proj"), features, hidden_features, bias=bias)
+        self.up_proj = Linear(weights.at("up_proj"), features, hidden_features, bias=bias)
+        self.down_proj = Linear(weights.at("down_proj"), hidden_features, features, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))

@@ -8,10 +8,9 @@ import msgspec
 from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.models.base import KVSpec, StepContext
 from mlx_server.models.config import convert
-from mlx_server.models.layers import Embedding, Linear, RMSNorm
+from mlx_server.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from mlx_server.models.rope import read_rope_parameters
 from mlx_server.models.weights import Weights
-from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.rope import rope
 
 _Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
@@ -71,21 +70,10 @@ class Attention:
         return self.o_proj(y.flatten(-2))
 
 
-class MLP:
-    def __init__(self, args: LlamaArgs, weights: Weights) -> None:
-        bias = args.mlp_bias
-        self.gate_proj = Linear(weights.at("gate_proj"), args.hidden_size, args.intermediate_size, bias=bias)
-        self.up_proj = Linear(weights.at("up_proj"), args.hidden_size, args.intermediate_size, bias=bias)
-        self.down_proj = Linear(weights.at("down_proj"), args.intermediate_size, args.hidden_size, bias=bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
-
-
 class DecoderLayer:
     def __init__(self, args: LlamaArgs, layer: int, freqs: mx.array, weights: Weights) -> None:
         self.self_attn = Attention(args, layer, freqs, weights.at("self_attn"))
-        self.mlp = MLP(args, weights.at("mlp"))
+        self.mlp = SwiGLU(weights.at("mlp"), args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
         self.input_layernorm = RMSNorm(weights.at("input_layernorm"), args.hidden_size, args.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(
             weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
@@ -102,7 +90,7 @@ class Llama:
     def __init__(self, config: JsonObject, weights: Weights) -> None:
         args = convert(config, LlamaArgs, weights.source)
         freqs = mx.array(read_rope_parameters(config, weights.source).freqs(args.head_size), mx.float32)
-        weights.drop(".rotary_emb.inv_freq")
+        weights.drop(suffix=".rotary_emb.inv_freq")
 
         model = weights.at("model")
         self.embed_tokens = Embedding(model.at("embed_tokens"), args.vocab_size, args.hidden_size)

@@ -40,12 +40,42 @@ class Weights:
     def has(self, name: str) -> bool:
         return self._prefix + name in self._tensors
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the tensor `name`, None if it is missing; where a checkpoint's form shows in a shape."""
+        tensor = self._tensors.get(self._prefix + name)
+        return None if tensor is None else tensor.shape
+
     def quantization(self) -> Quantization | None:
         """How the layer at this prefix is quantized, None if it is not."""
         return self._plan.of(self.name, has_scales=self.has("scales"))
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | mx.DtypeCategory = mx.floating) -> mx.array:
-        """The tensor `name`, lazy. ModelLoadError if it is missing or has another shape or kind of dtype."""
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: mx.Dtype | mx.DtypeCategory = mx.floating,
+        *,
+        cast_to: mx.Dtype | None = None,
+    ) -> mx.array:
+        """The tensor `name`, lazy, floating point cast to `cast_to` if given, else to the dtype of activations.
+
+        ModelLoadError if it is missing or has another shape or kind of dtype.
+        """
+        return self._keep(self._remove(name, shape, dtype), cast_to)
+
+    def take_stacked(
+        self, names: list[str], shape: tuple[int, ...], dtype: mx.Dtype | mx.DtypeCategory = mx.floating
+    ) -> mx.array:
+        """The tensors `names`, each taken as by `take`, along a new first axis."""
+        return self._keep(mx.stack([self._remove(name, shape, dtype) for name in names]))
+
+    def _keep(self, tensor: mx.array, cast_to: mx.Dtype | None = None) -> mx.array:
+        if mx.issubdtype(tensor.dtype, mx.floating):
+            tensor = tensor.astype(cast_to or self.dtype)
+        self.taken.append(tensor)
+        return tensor
+
+    def _remove(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | mx.DtypeCategory) -> mx.array:
         name = self._prefix + name
         tensor = self._tensors.pop(name, None)
         if tensor is None:
@@ -56,14 +86,11 @@ class Weights:
             )
         if not mx.issubdtype(tensor.dtype, dtype):
             raise ModelLoadError(f"{self.source}: tensor {name} has dtype {tensor.dtype}, but it must be {dtype}")
-        if dtype == mx.floating:
-            tensor = tensor.astype(self.dtype)
-        self.taken.append(tensor)
         return tensor
 
-    def drop(self, suffix: str) -> None:
-        """Forget the tensors whose names end so: values that the model computes itself."""
-        for name in [name for name in self._tensors if name.endswith(suffix)]:
+    def drop(self, *, prefix: str = "", suffix: str = "") -> None:
+        """Forget the tensors whose names begin and end so: what the model computes itself or has no use for."""
+        for name in [name for name in self._tensors if name.startswith(prefix) and name.endswith(suffix)]:
             del self._tensors[name]
 
     def check_all_taken(self) -> None:
