@@ -7,6 +7,7 @@ namespace mlx_server {
 
 void bind_kv(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
+void bind_gated_delta(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_paged_attention(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);

@@ -10,6 +10,7 @@ NB_MODULE(_ext, m) {
         "Number of elements. The import's self-check calls it: it fails if mx.array is a foreign type here.");
   mlx_server::bind_kv(m);
   mlx_server::bind_elementwise(m);
+  mlx_server::bind_gated_delta(m);
   mlx_server::bind_linear(m);
   mlx_server::bind_paged_attention(m);
   mlx_server::bind_sampling(m);
