@@ -9,6 +9,7 @@ void bind_kv(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_gated_delta(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_moe(nanobind::module_& m);
 void bind_paged_attention(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 

@@ -12,6 +12,7 @@ NB_MODULE(_ext, m) {
   mlx_server::bind_elementwise(m);
   mlx_server::bind_gated_delta(m);
   mlx_server::bind_linear(m);
+  mlx_server::bind_moe(m);
   mlx_server::bind_paged_attention(m);
   mlx_server::bind_sampling(m);
 }

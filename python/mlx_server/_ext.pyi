@@ -1,6 +1,7 @@
 """The C++ core of mlx-server."""
 
 from collections.abc import Sequence
+import enum
 
 import mlx.core
 
@@ -62,6 +63,49 @@ def gated_delta_fallback(qkv: mlx.core.array, conv_weight: mlx.core.array, a: ml
     """The specification of `gated_delta` in MLX's own ops, for tests."""
 
 def quantized_linear(x: mlx.core.array, weight: mlx.core.array, scales: mlx.core.array, biases: mlx.core.array, *, group_size: int, bits: int) -> mlx.core.array: ...
+
+class ExpertMatrix:
+    """
+    One projection [N, K] of all E experts, stacked.
+
+    weight [E, N, K] is plain, floating point, if scales is None. Else it is uint32 [E, N, K * bits / 32] with scales
+    [E, N, K / group_size] as `mx.quantize` stores them in `mode`; in the mode affine there are biases like scales.
+    """
+
+    def __init__(self, weight: mlx.core.array, scales: mlx.core.array | None = None, biases: mlx.core.array | None = None, *, group_size: int = 0, bits: int = 0, mode: str = 'affine') -> None: ...
+
+    @property
+    def weight(self) -> mlx.core.array: ...
+
+    @property
+    def scales(self) -> mlx.core.array | None: ...
+
+    @property
+    def biases(self) -> mlx.core.array | None: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def mode(self) -> str: ...
+
+class Scoring(enum.Enum):
+    SOFTMAX = 0
+
+    SIGMOID = 1
+
+def route(logits: mlx.core.array, *, top_k: int, scoring: Scoring, normalize: bool) -> tuple[mlx.core.array, mlx.core.array]: ...
+
+def route_fallback(logits: mlx.core.array, *, top_k: int, scoring: Scoring, normalize: bool) -> tuple[mlx.core.array, mlx.core.array]:
+    """The specification of `route` in MLX's own ops, for tests."""
+
+def moe_mlp(x: mlx.core.array, experts: mlx.core.array, weights: mlx.core.array, *, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix, shared: mlx.core.array | None = None) -> mlx.core.array: ...
+
+def moe_mlp_fallback(x: mlx.core.array, experts: mlx.core.array, weights: mlx.core.array, *, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix, shared: mlx.core.array | None = None) -> mlx.core.array:
+    """The specification of `moe_mlp` in MLX's own ops, for tests."""
 
 def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype) -> mlx.core.array: ...
 

@@ -1,0 +1,72 @@
+#include <mlx/ops.h>
+
+#include "elementwise/elementwise.h"
+#include "moe/moe.h"
+
+namespace mlx_server {
+
+namespace mx = mlx::core;
+
+namespace {
+
+constexpr int kMinSortedRows = 64;  // from here on reading each expert once pays for the sort
+
+// x [..., 1, K], experts [...]  ->  [..., 1, N]
+mx::array expert_linear(const mx::array& x, const ExpertMatrix& matrix, const mx::array& experts, bool sorted,
+                        mx::Stream s) {
+  if (!matrix.scales) {
+    return mx::gather_mm(x, mx::swapaxes(matrix.weight, -1, -2, s), std::nullopt, experts, sorted, s);
+  }
+  return mx::gather_qmm(x, matrix.weight, *matrix.scales, matrix.biases, std::nullopt, experts, /*transpose=*/true,
+                        matrix.group_size, matrix.bits, matrix.mode, std::nullopt, sorted, s);
+}
+
+}  // namespace
+
+std::pair<mx::array, mx::array> route_fallback(const mx::array& logits, int top_k, Scoring scoring, bool normalize,
+                                               mx::StreamOrDevice device) {
+  const mx::Stream s = mx::to_stream(device);
+  const mx::array x = mx::astype(logits, mx::float32, s);
+  const mx::array scores = scoring == Scoring::kSoftmax ? mx::softmax(x, -1, /*precise=*/true, s) : mx::sigmoid(x, s);
+  // Scores are not negative, so that their bits order them. With its id below it each key is unique, and an ascending
+  // sort of the inverted bits brings the best first.
+  const mx::array bits = mx::astype(mx::bitwise_invert(mx::view(scores, mx::uint32, s), s), mx::uint64, s);
+  const mx::array ids = mx::astype(mx::arange(logits.shape(1), mx::uint32, s), mx::uint64, s);
+  const mx::array keys = mx::bitwise_or(mx::left_shift(bits, mx::array(32, mx::uint64), s), ids, s);  // [T, E]
+  const mx::array best = mx::slice(mx::sort(keys, -1, s), {0, 0}, {logits.shape(0), top_k}, s);       // [T, top_k]
+  const mx::array best_bits = mx::astype(mx::right_shift(best, mx::array(32, mx::uint64), s), mx::uint32, s);
+  mx::array weights = mx::view(mx::bitwise_invert(best_bits, s), mx::float32, s);
+  if (normalize) {
+    weights = mx::divide(weights, mx::sum(weights, -1, /*keepdims=*/true, s), s);
+  }
+  return {mx::astype(mx::astype(best, mx::uint32, s), mx::int32, s), weights};
+}
+
+mx::array moe_mlp_fallback(const mx::array& x, const mx::array& experts, const mx::array& weights,
+                           const ExpertMatrix& gate, const ExpertMatrix& up, const ExpertMatrix& down,
+                           const std::optional<mx::array>& shared, mx::StreamOrDevice device) {
+  const mx::Stream s = mx::to_stream(device);
+  const int tokens = x.shape(0), top_k = experts.shape(1), rows = tokens * top_k;
+  const bool sorted = rows >= kMinSortedRows;
+  mx::array ids = mx::flatten(experts, s);       // [T * top_k]
+  mx::array token_of_row = mx::arange(rows, s);  // [T * top_k]
+  mx::array row_of_pair = token_of_row;          // where token t's j-th expert computes: [T * top_k]
+  if (sorted) {
+    token_of_row = mx::argsort(ids, 0, s);
+    row_of_pair = mx::argsort(token_of_row, 0, s);
+    ids = mx::take(ids, token_of_row, s);
+  }
+  token_of_row = mx::floor_divide(token_of_row, mx::array(top_k, token_of_row.dtype()), s);
+  const mx::array rows_x = mx::expand_dims(mx::take(x, token_of_row, 0, s), 1, s);  // [T * top_k, 1, D]
+  const mx::array hidden = silu_mul(expert_linear(rows_x, gate, ids, sorted, s),
+                                    expert_linear(rows_x, up, ids, sorted, s), s);  // [T * top_k, 1, N]
+  mx::array y = mx::squeeze(expert_linear(hidden, down, ids, sorted, s), 1, s);     // [T * top_k, D]
+  y = mx::reshape(sorted ? mx::take(y, row_of_pair, 0, s) : y, {tokens, top_k, x.shape(1)}, s);
+  y = mx::sum(mx::multiply(mx::astype(y, mx::float32, s), mx::expand_dims(weights, -1, s), s), 1, false, s);
+  if (shared) {
+    y = mx::add(y, mx::astype(*shared, mx::float32, s), s);
+  }
+  return mx::astype(y, x.dtype(), s);  // [T, D]
+}
+
+}  // namespace mlx_server
