@@ -39,13 +39,14 @@ LAYERS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+HEAD_DIM = 64
 CONFIG = LlamaConfig(
     hidden_size=576,
     intermediate_size=1536,
     num_hidden_layers=30,
     num_attention_heads=9,
     num_key_value_heads=3,
-    head_dim=64,
+    head_dim=HEAD_DIM,
     vocab_size=49152,
     max_position_embeddings=8192,
     rms_norm_eps=1e-5,
@@ -86,7 +87,7 @@ def state_dict(gguf: GGUF) -> dict[str, torch.Tensor]:
         for theirs, ours in LAYERS.items():
             weight = dequantize(gguf, f"blk.{layer}.{theirs}.weight")
             if theirs in ("attn_q", "attn_k"):  # llama.cpp's conversion script, backwards
-                weight = weight.reshape(-1, CONFIG.head_dim // 2, 2, weight.shape[-1])
+                weight = weight.reshape(-1, HEAD_DIM // 2, 2, weight.shape[-1])
                 weight = weight.swapaxes(1, 2).reshape(-1, weight.shape[-1])
             weights[f"model.layers.{layer}.{ours}.weight"] = weight
     return {name: torch.from_numpy(weight) for name, weight in weights.items()}
