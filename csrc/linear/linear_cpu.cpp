@@ -12,9 +12,10 @@ namespace mlx_server {
 
 namespace {
 
-constexpr std::int64_t kDirectTileBytes =
-    16 * 1024;  // of weights: enough work for a thread's turn, small enough to balance
-constexpr std::int64_t kPanelBytes = 192 * 1024;  // of dequantized weights: they stay in the L2 cache
+// Of weights in a tile: enough work for a thread's turn, small enough to balance.
+constexpr std::int64_t kDirectTileBytes = 16 * 1024;
+// Of dequantized weights: they stay in the L2 cache.
+constexpr std::int64_t kPanelBytes = 192 * 1024;
 
 // A thread's scratch memory. It grows to the largest panel or packed x that the thread has seen, both bounded by k.
 float* scratch(std::int64_t size) {

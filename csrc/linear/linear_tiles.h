@@ -8,8 +8,8 @@
 // algorithms): the linker keeps one copy of those, and it could be the one with instructions that the processor lacks.
 // Templates over Simd are safe because each Simd is in an anonymous namespace.
 //
-// Simd has: Vec, kLanes, kPanelRows, zero(), load(p), store(p, v), fma(a, b, c) = a * b + c, sum4(v0, v1, v2, v3,
-// out[4]); and Simd::Format<bits>:
+// Simd has: Vec, kLanes, kDirectRows, kPanelRows, zero(), load(p), store(p, v), fma(a, b, c) = a * b + c,
+// sum4(v0, v1, v2, v3, out[4]), and Simd::Format<bits>:
 //   Group, group(scale, bias)    what a group of weights shares
 //   dequantize(group, packed)    the next kLanes weights, perhaps in an order of its own
 //   in_order(v)                  that order put right
@@ -25,6 +25,7 @@ constexpr int kBlock = 32;  // every group is a multiple of this
 
 // The weight's rows under `columns` columns of y, 1 or kColumns. With 1, all strides are 0: it is computed kColumns
 // times.
+template <typename Simd>
 struct WeightRows {
   const std::uint8_t* weight;
   const float *scales, *biases;
@@ -63,7 +64,7 @@ void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n,
   using Vec = typename Simd::Vec;
   using Format = typename Simd::template Format<kBits>;
   constexpr int kVecBytes = Simd::kLanes * kBits / 8, kBlockBytes = kBlock * kBits / 8;
-  const WeightRows rows(op, n, columns);
+  const WeightRows<Simd> rows(op, n, columns);
   const std::uint8_t* weight = rows.weight;
   // Rows lie one behind the other, each too short for the processor to see where the next one starts: the next tile is
   // asked for in the order of memory.
@@ -115,7 +116,7 @@ void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n,
 template <typename Simd, int kBits>
 void dequantize_row(const QuantizedLinear& op, std::int64_t n, float* out) {
   using Format = typename Simd::template Format<kBits>;
-  const WeightRows row(op, n, 1);
+  const WeightRows<Simd> row(op, n, 1);
   const std::uint8_t* weight = row.weight;
   for (std::int64_t g = 0; g < op.k / op.group_size; ++g) {
     const typename Format::Group group = Format::group(row.scales[g], row.biases[g]);
