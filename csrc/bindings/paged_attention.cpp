@@ -1,5 +1,6 @@
 #include "paged_attention/paged_attention.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -29,18 +30,22 @@ void bind_paged_attention(nb::module_& m) {
   m.def(
       "paged_attention",
       [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
-         const std::vector<int>& query_lens, const std::vector<int>& context_lens,
-         float scale) { return paged_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale); },
+         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
+         std::optional<int> window) {
+        return paged_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, window);
+      },
       nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
-      nb::arg("context_lens"), nb::arg("scale"));
+      nb::arg("context_lens"), nb::arg("scale"), nb::arg("window") = nb::none());
   m.def(
       "paged_attention_fallback",
       [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
-         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale) {
-        return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale);
+         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
+         std::optional<int> window) {
+        return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, window);
       },
       nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
-      nb::arg("context_lens"), nb::arg("scale"), "The specification of `paged_attention` in MLX's own ops, for tests.");
+      nb::arg("context_lens"), nb::arg("scale"), nb::arg("window") = nb::none(),
+      "The specification of `paged_attention` in MLX's own ops, for tests.");
 }
 
 }  // namespace mlx_server

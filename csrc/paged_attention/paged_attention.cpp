@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -44,7 +45,7 @@ void check_write(const mx::array& k_pool, const mx::array& v_pool, const mx::arr
 
 void check_attention(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
                      const mx::array& block_tables, const std::vector<int>& query_lens,
-                     const std::vector<int>& context_lens) {
+                     const std::vector<int>& context_lens, std::optional<int> window) {
   const char* op = "paged_attention";
   check_pools(op, k_pool, v_pool);
   if (q.ndim() != 3 || q.shape(2) != k_pool.shape(3) || q.shape(1) % k_pool.shape(2) != 0) {
@@ -58,6 +59,9 @@ void check_attention(const mx::array& q, const mx::array& k_pool, const mx::arra
   if (query_lens.size() != num_rows || context_lens.size() != num_rows) {
     op_error(op, "query_lens and context_lens must have one entry for each of the ", num_rows,
              " rows of block_tables but got ", query_lens.size(), " and ", context_lens.size());
+  }
+  if (window.has_value() && *window < 1) {
+    op_error(op, "window must be at least 1 but got ", *window);
   }
   const int max_context_len = block_tables.shape(1) * k_pool.shape(1);
   int num_tokens = 0;
@@ -115,22 +119,32 @@ mx::array write_pool(const mx::array& pool, const mx::array& slots, const mx::ar
   return mx::reshape(written, pool.shape(), s);
 }
 
-// The first num_tokens tokens of the blocks, as [1, Hk, num_tokens, D].
-mx::array gather_tokens(const mx::array& pool, const mx::array& blocks, int num_tokens, mx::Stream s) {
+// Tokens [first, end) of the blocks, as [1, Hk, end - first, D].
+mx::array gather_tokens(const mx::array& pool, const mx::array& blocks, int first, int end, mx::Stream s) {
   const int num_heads = pool.shape(2), head_dim = pool.shape(3);
   auto tokens = mx::reshape(mx::take(pool, blocks, 0, s), {1, -1, num_heads, head_dim}, s);
-  tokens = mx::slice(tokens, {0, 0, 0, 0}, {1, num_tokens, num_heads, head_dim}, s);
+  tokens = mx::slice(tokens, {0, first, 0, 0}, {1, end, num_heads, head_dim}, s);
   return mx::transpose(tokens, {0, 2, 1, 3}, s);
+}
+
+// Which of the keys [first, end) the last query_len positions before end see, as bool [query_len, end - first].
+mx::array window_mask(int first, int end, int query_len, int window, mx::Stream s) {
+  const auto queries = mx::expand_dims(mx::arange(end - query_len, end, mx::int32, s), 1, s);
+  const auto keys = mx::expand_dims(mx::arange(first, end, mx::int32, s), 0, s);
+  const auto distance = mx::subtract(queries, keys, s);
+  return mx::logical_and(mx::greater_equal(distance, mx::array(0), s), mx::less(distance, mx::array(window), s), s);
 }
 
 // q [T, H, D], k_pool, v_pool [N, block_size, Hk, D], all float32, block_tables [B, M]  ->  [T, H, D]
 class PagedAttentionPrimitive : public mx::UnaryPrimitive {
  public:
-  PagedAttentionPrimitive(mx::Stream stream, std::vector<int> query_lens, std::vector<int> context_lens, float scale)
+  PagedAttentionPrimitive(mx::Stream stream, std::vector<int> query_lens, std::vector<int> context_lens, float scale,
+                          int window)
       : UnaryPrimitive(stream),
         query_lens_(std::move(query_lens)),
         context_lens_(std::move(context_lens)),
-        scale_(scale) {}
+        scale_(scale),
+        window_(window) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     const mx::array q = row_contiguous(inputs[0], stream()), k_pool = row_contiguous(inputs[1], stream());
@@ -148,6 +162,7 @@ class PagedAttentionPrimitive : public mx::UnaryPrimitive {
                       .num_heads = q.shape(1),
                       .num_kv_heads = k_pool.shape(2),
                       .head_dim = q.shape(2),
+                      .window = window_,
                       .scale = scale_};
     mx::cpu::get_command_encoder(stream()).dispatch(
         [op, query_lens = query_lens_, context_lens = context_lens_]() mutable {
@@ -163,7 +178,8 @@ class PagedAttentionPrimitive : public mx::UnaryPrimitive {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const PagedAttentionPrimitive&>(other);
-    return query_lens_ == o.query_lens_ && context_lens_ == o.context_lens_ && scale_ == o.scale_;
+    return query_lens_ == o.query_lens_ && context_lens_ == o.context_lens_ && scale_ == o.scale_ &&
+           window_ == o.window_;
   }
 
   DEFINE_NAME(PagedAttention)
@@ -171,6 +187,7 @@ class PagedAttentionPrimitive : public mx::UnaryPrimitive {
  private:
   std::vector<int> query_lens_, context_lens_;
   float scale_;
+  int window_;
 };
 
 }  // namespace
@@ -184,22 +201,26 @@ std::pair<mx::array, mx::array> write_kv(const mx::array& k_pool, const mx::arra
 
 mx::array paged_attention(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
                           const mx::array& block_tables, const std::vector<int>& query_lens,
-                          const std::vector<int>& context_lens, float scale, mx::StreamOrDevice s_) {
-  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens);
+                          const std::vector<int>& context_lens, float scale, std::optional<int> window,
+                          mx::StreamOrDevice s_) {
+  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, window);
   const auto s = mx::to_stream(s_);
   const bool has_kernel =
       s.device == mx::Device::cpu && q.dtype() == mx::float32 && k_pool.dtype() == mx::float32 && q.shape(2) % 8 == 0;
   if (!has_kernel) {
-    return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, s);
+    return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, window, s);
   }
-  return mx::array(q.shape(), q.dtype(), std::make_shared<PagedAttentionPrimitive>(s, query_lens, context_lens, scale),
+  const int num_seen = window.value_or(std::numeric_limits<int>::max());
+  return mx::array(q.shape(), q.dtype(),
+                   std::make_shared<PagedAttentionPrimitive>(s, query_lens, context_lens, scale, num_seen),
                    {q, k_pool, v_pool, block_tables});
 }
 
 mx::array paged_attention_fallback(const mx::array& q, const mx::array& k_pool, const mx::array& v_pool,
                                    const mx::array& block_tables, const std::vector<int>& query_lens,
-                                   const std::vector<int>& context_lens, float scale, mx::StreamOrDevice s_) {
-  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens);
+                                   const std::vector<int>& context_lens, float scale, std::optional<int> window,
+                                   mx::StreamOrDevice s_) {
+  check_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, window);
   const auto s = mx::to_stream(s_);
   const int block_size = k_pool.shape(1), num_heads = q.shape(1), head_dim = q.shape(2);
   std::vector<mx::array> outputs;
@@ -207,14 +228,22 @@ mx::array paged_attention_fallback(const mx::array& q, const mx::array& k_pool, 
   for (int b = 0; b < block_tables.shape(0); ++b) {
     const int end = begin + query_lens[b];
     const int num_blocks = (context_lens[b] + block_size - 1) / block_size;
-    const auto blocks = mx::flatten(mx::slice(block_tables, {b, 0}, {b + 1, num_blocks}, s), s);  // [num_blocks]
-    const auto k = gather_tokens(k_pool, blocks, context_lens[b], s);
-    const auto v = gather_tokens(v_pool, blocks, context_lens[b], s);
+    // Keys [first, context_len) are seen; those before may lie in blocks that are no longer the row's.
+    const int first = window ? std::max(0, context_lens[b] - query_lens[b] + 1 - *window) : 0;
+    const int first_block = first / block_size, skipped = first_block * block_size;
+    const auto blocks = mx::flatten(mx::slice(block_tables, {b, first_block}, {b + 1, num_blocks}, s), s);
+    const auto k = gather_tokens(k_pool, blocks, first - skipped, context_lens[b] - skipped, s);
+    const auto v = gather_tokens(v_pool, blocks, first - skipped, context_lens[b] - skipped, s);
     auto row = mx::expand_dims(mx::slice(q, {begin, 0, 0}, {end, num_heads, head_dim}, s), 0, s);
     row = mx::transpose(row, {0, 2, 1, 3}, s);  // [1, H, query_len, D]
-    // One query sees its whole context: without a mask MLX has a far faster kernel.
-    const char* mask = query_lens[b] == 1 ? "" : "causal";
-    const auto out = mx::fast::scaled_dot_product_attention(row, k, v, scale, mask, {}, {}, false, s);
+    // One query sees all these keys: without a mask MLX has a far faster kernel.
+    const bool one = query_lens[b] == 1, windowed = !one && window && *window < context_lens[b];
+    std::optional<mx::array> mask;
+    if (windowed) {
+      mask = window_mask(first, context_lens[b], query_lens[b], *window, s);
+    }
+    const char* mask_mode = one ? "" : windowed ? "array" : "causal";
+    const auto out = mx::fast::scaled_dot_product_attention(row, k, v, scale, mask_mode, mask, {}, false, s);
     outputs.push_back(mx::squeeze(mx::transpose(out, {0, 2, 1, 3}, s), 0, s));  // [query_len, H, D]
     begin = end;
   }

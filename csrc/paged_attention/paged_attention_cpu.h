@@ -18,6 +18,7 @@ struct PagedAttention {
   std::span<const int> context_lens;  // [B]
   int max_blocks, block_size, num_heads, num_kv_heads;
   int head_dim;  // a multiple of 8
+  int window;    // tokens that a query sees, its own included
   float scale;
 };
 

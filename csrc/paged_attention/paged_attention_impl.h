@@ -1,7 +1,7 @@
 // The attention kernel, written once; each instruction set's file includes and compiles it.
 //
 // Keys are taken in chunks that stay in the L1 cache while all queries of a tile pass over them, with an online softmax
-// (Milakov and Gimelshein 2018). Chunks begin at fixed positions and each query is computed on its own, so its result
+// (Milakov and Gimelshein 2018). Chunks end at fixed positions and each query is computed on its own, so its result
 // depends neither on the batch nor on how a prompt was cut.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Where the keys and values of one chunk lie: the only thing that knows of blocks.
 struct Chunk {
   int size;
-  const float* keys[kChunkSize];
+  const float* keys[kChunkSize + kVector - 1];
   const float* values[kChunkSize];
 };
 
@@ -39,7 +39,7 @@ inline void locate(const PagedAttention& op, const AttentionTile& tile, int begi
     chunk.values[i] = op.v_pool + slot * token_stride + head_offset;
   }
   // Scores are computed kVector at a time; what is too much repeats the last key and is dropped.
-  for (int i = chunk.size; i % kVector != 0; ++i) {
+  for (int i = chunk.size; i < chunk.size + kVector - 1; ++i) {
     chunk.keys[i] = chunk.keys[chunk.size - 1];
   }
 }
@@ -145,18 +145,18 @@ inline void update(OnlineSoftmax& softmax, float* scores, int num_seen, float* a
   softmax.sum += sum;
 }
 
-// One query over the part of a chunk that it may see.
-inline void attend_chunk(const float* q, const Chunk& chunk, int num_seen, int head_dim, OnlineSoftmax& softmax,
-                         float* acc) {
+// One query over the part [first, first + num_seen) of a chunk that it may see.
+inline void attend_chunk(const float* q, const Chunk& chunk, int first, int num_seen, int head_dim,
+                         OnlineSoftmax& softmax, float* acc) {
   alignas(64) float scores[kChunkSize];
   for (int i = 0; i < num_seen; i += kVector) {
-    dot_keys(q, chunk.keys + i, head_dim, scores + i);
+    dot_keys(q, chunk.keys + first + i, head_dim, scores + i);
   }
   for (int i = num_seen; i % kVector != 0; ++i) {
     scores[i] = -kInfinity;
   }
   update(softmax, scores, num_seen, acc, head_dim);
-  add_values(scores, chunk.values, num_seen, head_dim, acc);
+  add_values(scores, chunk.values + first, num_seen, head_dim, acc);
 }
 
 void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q, OnlineSoftmax* softmax) {
@@ -175,16 +175,19 @@ void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q
     }
   }
   const int end = tile.first_pos + tile.num_queries;
-  for (int begin = 0; begin < end; begin += kChunkSize) {
+  for (int begin = std::max(0, tile.first_pos + 1 - op.window); begin < end;) {
+    const int chunk_end = std::min((begin / kChunkSize + 1) * kChunkSize, end);
     Chunk chunk;
-    locate(op, tile, begin, std::min(begin + kChunkSize, end), chunk);
+    locate(op, tile, begin, chunk_end, chunk);
     for (int i = 0; i < num_heads; ++i) {
-      const int num_seen = std::min(chunk.size, tile.first_pos + i / group + 1 - begin);
+      const int seen_end = tile.first_pos + i / group + 1, first = std::max(begin, seen_end - op.window) - begin;
+      const int num_seen = std::min(chunk_end, seen_end) - begin - first;
       if (num_seen > 0) {
-        attend_chunk(scaled_q + i * head_dim, chunk, num_seen, head_dim, softmax[i],
+        attend_chunk(scaled_q + i * head_dim, chunk, first, num_seen, head_dim, softmax[i],
                      op.out + head_offset(i / group, i % group));
       }
     }
+    begin = chunk_end;
   }
   for (int i = 0; i < num_heads; ++i) {
     scale(op.out + head_offset(i / group, i % group), head_dim, 1 / softmax[i].sum);

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -21,7 +23,7 @@ std::vector<float> normal(std::size_t size, std::mt19937& rng) {
 // A batch whose rows use the pool's blocks in reverse order.
 struct Batch {
   Batch(std::vector<int> query_lens_, std::vector<int> context_lens_, int block_size_, int num_heads_,
-        int num_kv_heads_, int head_dim_)
+        int num_kv_heads_, int head_dim_, int window_ = std::numeric_limits<int>::max())
       : query_lens(std::move(query_lens_)), context_lens(std::move(context_lens_)) {
     std::mt19937 rng(7);
     int num_tokens = 0, num_blocks = 0;
@@ -53,6 +55,7 @@ struct Batch {
           .num_heads = num_heads_,
           .num_kv_heads = num_kv_heads_,
           .head_dim = head_dim_,
+          .window = window_,
           .scale = 1 / std::sqrt(static_cast<float>(head_dim_))};
   }
   Batch(const Batch&) = delete;
@@ -76,7 +79,7 @@ std::vector<double> attend(const Batch& batch, std::size_t row, int position, in
   const int head_dim = batch.op.head_dim;
   std::vector<double> out(static_cast<std::size_t>(head_dim), 0);
   double sum = 0;
-  for (int seen = 0; seen <= position; ++seen) {
+  for (int seen = std::max(0, position + 1 - batch.op.window); seen <= position; ++seen) {
     const std::size_t offset = batch.offset(row, seen, head);
     double score = 0;
     for (int d = 0; d < head_dim; ++d) {
@@ -122,6 +125,9 @@ TEST(agrees_with_the_definition) {
       check_batch(Batch({1, 9, 70}, {65, 128, 70}, block_size, 4, 4, 64), *kernel, pool);
     }
     check_batch(Batch({2, 1}, {20, 64}, 16, 40, 1, 16), *kernel, pool);
+    for (const int window : {1, 30, 64, 129}) {
+      check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window), *kernel, pool);
+    }
   }
 }
 

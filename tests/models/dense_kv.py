@@ -22,19 +22,30 @@ class DenseContext:
         self._kv, self._num_tokens = kv, num_tokens
         kv.lengths |= {name: starts[name] + count for name, count in num_tokens.items()}
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+    ) -> mx.array:
         ends = np.cumsum(list(self._num_tokens.values()))[:-1].tolist()
         parts = zip(self._num_tokens, mx.split(q, ends), mx.split(k, ends), mx.split(v, ends), strict=True)
-        return mx.concatenate([self._attend_one((name, layer), q, k, v, scale) for name, q, k, v in parts])
+        return mx.concatenate([self._attend_one((name, layer), q, k, v, scale, window) for name, q, k, v in parts])
 
-    def _attend_one(self, key: tuple[str, int], q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def _attend_one(
+        self, key: tuple[str, int], q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None
+    ) -> mx.array:
         if key in self._kv.arrays:
             old_k, old_v = self._kv.arrays[key]
             k, v = mx.concatenate([old_k, k]), mx.concatenate([old_v, v])
         self._kv.arrays[key] = k, v
+        mask = causal_mask(len(q), len(k), window)
         q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return y[0].swapaxes(0, 1)
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None) -> mx.array:
+    """[num_queries, num_keys] bool: which keys the last `num_queries` tokens see."""
+    distance = mx.arange(num_keys - num_queries, num_keys)[:, None] - mx.arange(num_keys)
+    return (distance >= 0) & (distance < (num_keys if window is None else window))
 
 
 def step(model, kv: DenseKV, tokens: dict[str, list[int]]) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ class Case:
         kv_heads: int = 2,
         head_dim: int = 64,
         block_size: int = 16,
+        window: int | None = None,
     ) -> None:
         rng = np.random.default_rng(0)
         self.query_lens = [query_len for query_len, _ in lens]
@@ -47,6 +48,18 @@ class Case:
             self.v_pool[where] = rng.standard_normal((context_len, kv_heads, head_dim))
         self.q = rng.standard_normal((sum(self.query_lens), heads, head_dim)).astype(np.float32)
         self.scale = head_dim**-0.5
+        self.window = window
+        if window is not None:
+            self.forget_all_before_the_window(window, spare_block=next(free))
+
+    def forget_all_before_the_window(self, window: int, spare_block: int) -> None:
+        """NaN in what no query of a row sees; whole blocks of it are someone else's, all NaN."""
+        block_size = self.k_pool.shape[1]
+        for table, query_len, context_len in zip(self.block_tables, self.query_lens, self.context_lens, strict=True):
+            unseen = np.arange(max(0, context_len - query_len + 1 - window))
+            where = table[unseen // block_size], unseen % block_size
+            self.k_pool[where] = self.v_pool[where] = np.nan
+            table[: len(unseen) // block_size] = spare_block
 
     def run(self, op: Op = paged_attention, dtype: mx.Dtype = mx.float32) -> NDArray[np.float32]:
         out = op(
@@ -57,6 +70,7 @@ class Case:
             query_lens=self.query_lens,
             context_lens=self.context_lens,
             scale=self.scale,
+            window=self.window,
         )
         assert out.dtype == dtype
         return np.array(out.astype(mx.float32))
@@ -70,13 +84,14 @@ class Case:
             query_lens=self.query_lens,
             context_lens=self.context_lens,
             scale=self.scale,
+            window=self.window,
         )
 
     def only_row(self, row: int) -> "Case":
         alone = object.__new__(Case)
         begin = sum(self.query_lens[:row])
         alone.q = self.q[begin : begin + self.query_lens[row]]
-        alone.k_pool, alone.v_pool, alone.scale = self.k_pool, self.v_pool, self.scale
+        alone.k_pool, alone.v_pool, alone.scale, alone.window = self.k_pool, self.v_pool, self.scale, self.window
         alone.block_tables = self.block_tables[row : row + 1]
         alone.query_lens, alone.context_lens = [self.query_lens[row]], [self.context_lens[row]]
         return alone
@@ -120,15 +135,31 @@ def test_long_context_with_large_scores(op: Op) -> None:
     np.testing.assert_allclose(case.run(op), case.expected(), atol=1e-4)
 
 
-def test_row_does_not_depend_on_the_batch() -> None:
-    case = Case(MIXED)
+@OPS
+@pytest.mark.parametrize("window", [1, 2, 8, 16, 50, 63, 64, 65, 129, 130, 1000])
+def test_window(op: Op, window: int) -> None:
+    case = Case([*MIXED, (1, 300), (90, 300)], window=window)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=2e-6)
+
+
+@OPS
+@pytest.mark.parametrize("block_size, heads", [(1, 4), (32, 2), (256, 16)])
+def test_window_over_blocks_of_any_size(op: Op, block_size: int, heads: int) -> None:
+    case = Case([*MIXED, (1, 300), (90, 300)], window=20, block_size=block_size, heads=heads)
+    np.testing.assert_allclose(case.run(op), case.expected(), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_row_does_not_depend_on_the_batch(window: int | None) -> None:
+    case = Case(MIXED, window=window)
     together = case.run()
     alone = np.concatenate([case.only_row(row).run() for row in range(len(MIXED))])
     np.testing.assert_array_equal(together, alone)
 
 
-def test_query_does_not_depend_on_how_the_prompt_was_cut() -> None:
-    whole = Case([(150, 150)])
+@pytest.mark.parametrize("window", [None, 1, 20, 70])
+def test_query_does_not_depend_on_how_the_prompt_was_cut(window: int | None) -> None:
+    whole = Case([(150, 150)], window=window)
     together = whole.run()
     for begin, end in [(0, 60), (60, 149), (149, 150)]:
         chunk = whole.only_row(0)
@@ -196,6 +227,7 @@ def test_write_kv_is_in_place(wait: bool) -> None:
         ({"context_lens": [9, 1]}, r"query_len <= context_len <= 32 but row 1 got query_len 2 and context_len 1"),
         ({"context_lens": [9, 33]}, r"row 1 got query_len 2 and context_len 33"),
         ({"query_lens": [0, 3]}, r"row 0 got query_len 0"),
+        ({"window": 0}, r"window must be at least 1 but got 0"),
         ({"query_lens": [1, 1]}, r"query_lens must add up to q's 3 tokens but got 2"),
     ],
 )

@@ -13,16 +13,17 @@ def paged_attention(
     query_lens: list[int],
     context_lens: list[int],
     scale: float,
+    window: int | None = None,
 ) -> NDArray[np.float64]:  # [T, H, D]
     block_size, group = k_pool.shape[1], q.shape[1] // k_pool.shape[2]
     out = np.empty(q.shape)
     token = 0
     for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
         for position in range(context_len - query_len, context_len):
-            seen = np.arange(position + 1)
+            seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
             blocks, offsets = table[seen // block_size], seen % block_size
             for head in range(q.shape[1]):
-                keys = k_pool[blocks, offsets, head // group].astype(np.float64)  # [position + 1, D]
+                keys = k_pool[blocks, offsets, head // group].astype(np.float64)  # [seen, D]
                 values = v_pool[blocks, offsets, head // group].astype(np.float64)
                 scores = keys @ q[token, head].astype(np.float64) * scale
                 weights = np.exp(scores - scores.max())

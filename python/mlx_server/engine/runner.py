@@ -31,7 +31,9 @@ class PagedAttentionContext:
         self._query_lens = arrays.query_lens
         self._context_lens = arrays.context_lens
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+    ) -> mx.array:
         pools = self._pools
         pools.keys[layer], pools.values[layer] = write_kv(
             pools.keys[layer], pools.values[layer], k, v, self._slot_mapping
@@ -44,6 +46,7 @@ class PagedAttentionContext:
             query_lens=self._query_lens,
             context_lens=self._context_lens,
             scale=scale,
+            window=window,
         )
 
     def gated_delta(

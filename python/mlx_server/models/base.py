@@ -14,6 +14,7 @@ class KVSpec(msgspec.Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     dtype: mx.Dtype  # of keys, values and activations
+    window: int | None = None  # no layer looks back further than so many tokens; None: some layer sees all
 
 
 class StateSpec(msgspec.Struct, frozen=True):
@@ -43,13 +44,16 @@ class StepContext(Protocol):
         """[T] int32: each token's position in its own request."""
         ...
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+    ) -> mx.array:
         """Store the step's keys and values in `layer`'s pool, then attend causally over each request's own tokens.
 
         Args:
             layer: counts the layers with attention, from 0.
             q: [T, H, D], after RoPE.
             k, v: [T, Hk, D], k after RoPE; H is a multiple of Hk.
+            window: a token sees only the newest `window` tokens, itself included; None: all.
         Returns:
             [T, H, D], the dtype of q.
         """

@@ -50,6 +50,7 @@ def paged_attention(
     query_lens: list[int],
     context_lens: list[int],
     scale: float,
+    window: int | None = None,
 ) -> mx.array:
     """Causal attention of a ragged batch: prefill chunks and decodes in one call, no padding, no masks.
 
@@ -63,11 +64,20 @@ def paged_attention(
             of the others are not checked.
         query_lens, context_lens: B integers, 1 <= query_len <= context_len <= M * block_size.
         scale: factor of the scores before softmax, usually D ** -0.5.
+        window: a query sees only the newest `window` tokens, its own included; None: all. Table entries of blocks that
+            no query of the row sees are not read either.
     Returns:
         [T, H, D], the dtype of q.
     Raises:
         ValueError: shapes, dtypes or lengths don't fit.
     """
     return _ext.paged_attention(
-        q, k_pool, v_pool, block_tables=block_tables, query_lens=query_lens, context_lens=context_lens, scale=scale
+        q,
+        k_pool,
+        v_pool,
+        block_tables=block_tables,
+        query_lens=query_lens,
+        context_lens=context_lens,
+        scale=scale,
+        window=window,
     )
