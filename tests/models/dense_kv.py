@@ -1,15 +1,18 @@
-"""A KV cache of plain arrays: what models are tested with."""
+"""A KV cache and recurrent states of plain arrays: what models are tested with."""
 
 import mlx.core as mx
 import numpy as np
 
+from reference.gated_delta import gated_delta
+
 
 class DenseKV:
-    """Keys and values of several requests, each request's in arrays of its own."""
+    """Keys, values and states of several requests, each request's in arrays of its own."""
 
     def __init__(self) -> None:
         self.lengths: dict[str, int] = {}
         self.arrays: dict[tuple[str, int], tuple[mx.array, mx.array]] = {}
+        self.states: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}  # [K - 1, C] and [Hv, Dv, Dk]
 
 
 class DenseContext:
@@ -40,6 +43,35 @@ class DenseContext:
         q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return y[0].swapaxes(0, 1)
+
+    def gated_delta(self, layer, qkv, conv_weight, a, b, a_log, dt_bias, *, num_key_heads, key_head_dim) -> mx.array:
+        conv_weight, a_log, dt_bias = (np.array(x, np.float32) for x in (conv_weight, a_log, dt_bias))
+        (channels, kernel), num_heads = conv_weight.shape, a.shape[1]
+        value_head_dim = (channels - 2 * num_key_heads * key_head_dim) // num_heads
+        zeros = np.zeros((kernel - 1, channels)), np.zeros((num_heads, value_head_dim, key_head_dim))
+        ends = np.cumsum(list(self._num_tokens.values()))[:-1].tolist()
+        parts = zip(self._num_tokens, *(np.split(np.array(x, np.float32), ends) for x in (qkv, a, b)), strict=True)
+        outputs = []
+        for name, qkv_part, a_part, b_part in parts:
+            conv_state, state = self._kv.states.get((name, layer), zeros)
+            y, conv_state, state = gated_delta(
+                qkv_part,
+                conv_weight,
+                a_part,
+                b_part,
+                a_log,
+                dt_bias,
+                conv_state[None],
+                state[None],
+                slots=np.zeros(1, np.int32),
+                query_lens=[len(qkv_part)],
+                fresh=[False],
+                num_key_heads=num_key_heads,
+                key_head_dim=key_head_dim,
+            )
+            self._kv.states[name, layer] = conv_state[0], state[0]
+            outputs.append(y)
+        return mx.array(np.concatenate(outputs), qkv.dtype)
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None) -> mx.array:

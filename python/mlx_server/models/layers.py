@@ -95,10 +95,18 @@ class Embedding:
 
 
 class RMSNorm:
-    """x [..., features] -> x / rms(x) * weight (https://arxiv.org/abs/1910.07467)"""
+    """x [..., features] -> x / rms(x) * weight (https://arxiv.org/abs/1910.07467)
 
-    def __init__(self, weights: Weights, features: int, eps: float) -> None:
-        self._weight = weights.take("weight", (features,))
+    zero_centred: the checkpoint holds weight - 1.
+    """
+
+    def __init__(self, weights: Weights, features: int, eps: float, *, zero_centred: bool = False) -> None:
+        # The sum is float32: half precision would round off what small weights say.
+        self._weight = (
+            weights.take("weight", (features,), cast_to=mx.float32) + 1
+            if zero_centred
+            else weights.take("weight", (features,))
+        )
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -15,10 +15,16 @@ from mlx_server.models.base import Model
 from mlx_server.models.gguf import load_gguf_tensors
 from mlx_server.models.llama import Llama
 from mlx_server.models.quantize import QuantizationPlan, read_plan
+from mlx_server.models.qwen3_moe import Qwen3Moe
+from mlx_server.models.qwen3_next import Qwen3Next
 from mlx_server.models.weights import Weights
 
 # model_type of the configuration -> its architecture. Only these are ever built, whatever a model's folder asks for.
-ARCHITECTURES: dict[str, Callable[[JsonObject, Weights], Model]] = {"llama": Llama}
+ARCHITECTURES: dict[str, Callable[[JsonObject, Weights], Model]] = {
+    "llama": Llama,
+    "qwen3_moe": Qwen3Moe,
+    "qwen3_next": Qwen3Next,
+}
 
 
 def load_model(path: str) -> Model:

@@ -1,0 +1,263 @@
+"""Qwen3-Next (https://qwen.ai/blog?id=4074cca80393150c248e508aa62983f9cb7d27cd): linear attention by the gated delta
+rule in most layers, gated attention in the others, and a mixture of experts with a shared one."""
+
+from typing import Annotated, Literal
+
+import mlx.core as mx
+import msgspec
+
+from mlx_server.checkpoint.json_file import JsonObject
+from mlx_server.models.base import KVSpec, StateSpec, StepContext
+from mlx_server.models.config import convert
+from mlx_server.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from mlx_server.models.moe import MoEArgs, SparseMoE
+from mlx_server.models.rope import read_rope_parameters
+from mlx_server.models.weights import Weights
+from mlx_server.ops.activation import silu_mul
+from mlx_server.ops.norm import rms_norm
+from mlx_server.ops.rope import rope
+
+_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+_Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class _RopeShare(msgspec.Struct, frozen=True):
+    partial_rotary_factor: _Share | None = None
+
+
+class Qwen3NextArgs(MoEArgs, frozen=True, kw_only=True):
+    """The fields of config.json that are read; names and defaults are those of transformers' Qwen3NextConfig."""
+
+    hidden_size: _Count
+    intermediate_size: _Count
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    head_dim: _Count = 256
+    linear_conv_kernel_dim: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)] = 4
+    linear_key_head_dim: _Count = 128
+    linear_value_head_dim: _Count = 128
+    linear_num_key_heads: _Count = 16
+    linear_num_value_heads: _Count = 32
+    shared_expert_intermediate_size: _Count
+    layer_types: tuple[Literal["linear_attention", "full_attention"], ...] | None = None
+    full_attention_interval: _Count = 4  # where there are no layer_types
+    partial_rotary_factor: _Share = 0.25  # that of rope_parameters comes first
+    rope_parameters: _RopeShare | None = None
+    vocab_size: _Count
+    max_position_embeddings: _Count = 32768
+    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-6
+    norm_topk_prob: bool = True
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    tie_word_embeddings: bool | None = None  # False: there must be an lm_head; else there may be one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_key_value_heads} key-value heads")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"{self.linear_num_value_heads} value heads can't share {self.linear_num_key_heads} key heads"
+            )
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(f"RoPE turns {self.rotary_dim} features of a head, but they must be pairs")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        if len({self.is_linear(layer) for layer in range(self.num_hidden_layers)}) == 1:
+            raise ValueError("there must be layers of linear and of full attention")
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether the layer is recurrent, else it has attention."""
+        if self.layer_types is not None:
+            return self.layer_types[layer] == "linear_attention"
+        return (layer + 1) % self.full_attention_interval != 0
+
+    @property
+    def rotary_dim(self) -> int:
+        share = self.rope_parameters and self.rope_parameters.partial_rotary_factor
+        return int(self.head_dim * (share or self.partial_rotary_factor))
+
+    @property
+    def key_features(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_features(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.key_features + self.value_features
+
+
+class Form(msgspec.Struct, frozen=True):
+    """How a checkpoint holds what MLX and transformers hold differently.
+
+    transformers: norms as weight - 1, and convolutions [C, 1, K]; MLX: the weight itself, and [C, K, 1].
+    """
+
+    from_transformers: bool
+
+    def norm(self, weights: Weights, features: int, eps: float) -> RMSNorm:
+        return RMSNorm(weights, features, eps, zero_centred=self.from_transformers)
+
+    def conv_weight(self, weights: Weights, channels: int, kernel: int) -> mx.array:
+        shape = (channels, 1, kernel) if self.from_transformers else (channels, kernel, 1)
+        return weights.take("weight", shape).reshape(channels, kernel)
+
+
+class GatedDeltaNet:
+    """Letters: Hk, Hv key and value heads, Dk, Dv their sizes, C = 2 Hk Dk + Hv Dv channels of the convolution."""
+
+    def __init__(self, args: Qwen3NextArgs, layer: int, form: Form, weights: Weights) -> None:
+        self.layer, self.eps = layer, args.rms_norm_eps
+        self.num_key_heads, self.key_head_dim = args.linear_num_key_heads, args.linear_key_head_dim
+        self.num_value_heads, self.value_head_dim = args.linear_num_value_heads, args.linear_value_head_dim
+        self.conv_channels = args.conv_channels
+        qkvz_features = args.conv_channels + args.value_features
+        self.in_proj_qkvz = Linear(weights.at("in_proj_qkvz"), args.hidden_size, qkvz_features)
+        self.in_proj_ba = Linear(weights.at("in_proj_ba"), args.hidden_size, 2 * self.num_value_heads)
+        self.conv1d = form.conv_weight(weights.at("conv1d"), args.conv_channels, args.linear_conv_kernel_dim)
+        self.a_log = weights.take("A_log", (self.num_value_heads,), cast_to=mx.float32)
+        self.dt_bias = weights.take("dt_bias", (self.num_value_heads,), cast_to=mx.float32)
+        self.norm = weights.at("norm").take("weight", (self.value_head_dim,))  # never zero-centred
+        self.out_proj = Linear(weights.at("out_proj"), args.value_features, args.hidden_size)
+
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
+        qkv, z = self._split_qkvz(self.in_proj_qkvz(x))  # [T, C], [T, Hv, Dv]
+        b, a = mx.split(self.in_proj_ba(x).reshape(x.shape[0], self.num_key_heads, -1), 2, axis=-1)
+        y = ctx.gated_delta(
+            self.layer,
+            qkv,
+            self.conv1d,
+            a.flatten(-2),  # [T, Hv]
+            b.flatten(-2),
+            self.a_log,
+            self.dt_bias,
+            num_key_heads=self.num_key_heads,
+            key_head_dim=self.key_head_dim,
+        )  # [T, Hv, Dv]
+        y = rms_norm(y.astype(mx.float32), self.norm, self.eps)
+        return self.out_proj(silu_mul(z.astype(mx.float32), y).astype(x.dtype).flatten(-2))
+
+    def _split_qkvz(self, qkvz: mx.array) -> tuple[mx.array, mx.array]:
+        """The projection groups by key head what the convolution wants by kind."""
+        num_tokens = qkvz.shape[0]
+        values = self.num_value_heads // self.num_key_heads * self.value_head_dim  # of one key head
+        ends = [self.key_head_dim, 2 * self.key_head_dim, 2 * self.key_head_dim + values]
+        *qkv, z = mx.split(qkvz.reshape(num_tokens, self.num_key_heads, -1), ends, axis=-1)
+        return (
+            mx.concatenate([part.flatten(-2) for part in qkv], axis=-1),
+            z.reshape(num_tokens, self.num_value_heads, self.value_head_dim),
+        )
+
+
+class Attention:
+    """Attention whose output passes a gate, one number for each feature of each head."""
+
+    def __init__(self, args: Qwen3NextArgs, layer: int, freqs: mx.array, form: Form, weights: Weights) -> None:
+        self.layer, self.freqs = layer, freqs
+        self.head_dim = args.head_dim
+        q_features, kv_features = args.num_attention_heads * self.head_dim, args.num_key_value_heads * self.head_dim
+        bias = args.attention_bias
+        self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, 2 * q_features, bias=bias)
+        self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=bias)
+        self.v_proj = Linear(weights.at("v_proj"), args.hidden_size, kv_features, bias=bias)
+        self.o_proj = Linear(weights.at("o_proj"), q_features, args.hidden_size, bias=bias)
+        self.q_norm = form.norm(weights.at("q_norm"), self.head_dim, args.rms_norm_eps)
+        self.k_norm = form.norm(weights.at("k_norm"), self.head_dim, args.rms_norm_eps)
+
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
+        num_tokens = x.shape[0]
+        q, gate = mx.split(self.q_proj(x).reshape(num_tokens, -1, 2 * self.head_dim), 2, axis=-1)  # [T, H, D] each
+        k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
+        v = self.v_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
+        q = rope(self.q_norm(q), ctx.positions, self.freqs)
+        k = rope(self.k_norm(k), ctx.positions, self.freqs)
+        y = ctx.attend(self.layer, q, k, v, scale=self.head_dim**-0.5)  # [T, H, D]
+        return self.o_proj((y * mx.sigmoid(gate)).flatten(-2))
+
+
+class SharedExpertMoE:
+    """A mixture of experts, and one expert that every token passes, weighted by a gate."""
+
+    def __init__(self, args: Qwen3NextArgs, weights: Weights) -> None:
+        self.experts = SparseMoE(args, args.hidden_size, weights)
+        self.shared_expert = SwiGLU(weights.at("shared_expert"), args.hidden_size, args.shared_expert_intermediate_size)
+        self.shared_expert_gate = Linear(weights.at("shared_expert_gate"), args.hidden_size, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.experts(x, shared=mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x))
+
+
+class DecoderLayer:
+    """`index` counts the layers of this kind, recurrent or with attention."""
+
+    def __init__(
+        self, args: Qwen3NextArgs, layer: int, index: int, freqs: mx.array, form: Form, weights: Weights
+    ) -> None:
+        self.mixer = (
+            GatedDeltaNet(args, index, form, weights.at("linear_attn"))
+            if args.is_linear(layer)
+            else Attention(args, index, freqs, form, weights.at("self_attn"))
+        )
+        self.mlp = (
+            SharedExpertMoE(args, weights.at("mlp"))
+            if args.is_sparse(layer)
+            else SwiGLU(weights.at("mlp"), args.hidden_size, args.intermediate_size)
+        )
+        self.input_layernorm = form.norm(weights.at("input_layernorm"), args.hidden_size, args.rms_norm_eps)
+        self.post_attention_layernorm = form.norm(
+            weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
+        )
+
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
+        x = x + self.mixer(self.input_layernorm(x), ctx)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Next:
+    """A `models.base.Model`."""
+
+    def __init__(self, config: JsonObject, weights: Weights) -> None:
+        args = convert(config, Qwen3NextArgs, weights.source)
+        freqs = mx.array(read_rope_parameters(config, weights.source).freqs(args.rotary_dim), mx.float32)
+        weights.drop(suffix=".rotary_emb.inv_freq")
+        weights.drop(prefix="mtp.")  # a small model that drafts tokens
+
+        model = weights.at("model")
+        linear = [args.is_linear(layer) for layer in range(args.num_hidden_layers)]
+        conv_shape = model.shape(f"layers.{linear.index(True)}.linear_attn.conv1d.weight")
+        form = Form(from_transformers=conv_shape is not None and conv_shape[1:2] == (1,))
+        self.embed_tokens = Embedding(model.at("embed_tokens"), args.vocab_size, args.hidden_size)
+        self.layers = [
+            DecoderLayer(args, layer, linear[:layer].count(linear[layer]), freqs, form, model.at(f"layers.{layer}"))
+            for layer in range(args.num_hidden_layers)
+        ]
+        self.norm = form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps)
+        tied = not weights.has("lm_head.weight") and args.tie_word_embeddings is not False
+        self.lm_head = None if tied else Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
+
+        self.kv_spec = KVSpec(linear.count(False), args.num_key_value_heads, args.head_dim, weights.dtype)
+        self.state_spec = StateSpec(
+            num_layers=linear.count(True),
+            conv_kernel=args.linear_conv_kernel_dim,
+            conv_channels=args.conv_channels,
+            num_value_heads=args.linear_num_value_heads,
+            value_head_dim=args.linear_value_head_dim,
+            key_head_dim=args.linear_key_head_dim,
+            dtype=weights.dtype,
+        )
+        self.context_length = args.max_position_embeddings
+        self.vocab_size = args.vocab_size
+
+    def __call__(self, token_ids: mx.array, ctx: StepContext) -> mx.array:
+        x = self.embed_tokens(token_ids)  # [T, hidden_size]
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        head = self.lm_head or self.embed_tokens.as_linear
+        return head(hidden).astype(mx.float32)  # [R, V]
