@@ -53,7 +53,7 @@ def test_agrees_with_transformers(changes, tmp_path):
     np.testing.assert_allclose(logits, transformers_logits(reference, token_ids), 0, 1e-4)
 
 
-def parity_checkpoint() -> tuple[dict, dict[str, mx.array]]:
+def parity_checkpoint():
     return json.loads((PARITY / "config.json").read_text()), mx.load(str(PARITY / "model.safetensors"))
 
 
@@ -80,7 +80,7 @@ def test_reads_stacked_experts(tmp_path):
 def test_reads_experts_quantized_each_its_own_way(mode, tmp_path):
     config, weights = parity_checkpoint()
     how = {"up": {"group_size": 32, "bits": 4, "mode": mode}, "down": {"group_size": 64, "bits": 8, "mode": "affine"}}
-    block = {"group_size": 64, "bits": 4}
+    block: dict[str, object] = {"group_size": 64, "bits": 4}
     stored = plain = stacked(weights, 8)
     for projection, parameters in how.items():
         layer = f"model.layers.2.mlp.switch_mlp.{projection}_proj"
