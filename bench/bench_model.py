@@ -13,11 +13,8 @@ import pytest
 from mlx_server import wire
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.model_config import load_config
-from mlx_server.engine.core import EngineCore
-from mlx_server.engine.kv_cache import KVCacheManager
+from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.memory import plan_memory
-from mlx_server.engine.runner import ModelRunner
-from mlx_server.engine.scheduler import Scheduler
 from mlx_server.models.gguf import load_gguf_tensors
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
@@ -31,17 +28,7 @@ Start = Callable[[list[int], int], Callable[[], None]]
 
 def start_ours(path: Path) -> Start:
     model = load_model(str(path))
-    plan = plan_memory(model)
-    core = EngineCore(
-        Scheduler(
-            KVCacheManager(plan.num_blocks, plan.block_size),
-            max_batch_tokens=plan.max_batch_tokens,
-            max_running=plan.max_running,
-        ),
-        ModelRunner(model, plan.num_blocks, plan.block_size),
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
+    core = make_engine_core(model, plan_memory(model))
 
     def start(prompt: list[int], max_tokens: int) -> Callable[[], None]:
         while core.has_work:  # the step that was in flight when the last request ended

@@ -7,24 +7,33 @@ from mlx_server.engine.batch import Batch, BatchArrays, StepResult
 FAKE_VOCAB_SIZE = 1000
 
 
-def fake_next_token(token_ids: list[int], seed: int) -> int:
-    """A language model that fits on a line: any change of any earlier token changes the next one."""
-    state = seed
-    for pos, token_id in enumerate(token_ids):
+def fake_state(token_ids: list[int], start_pos: int = 0, state: int = 0) -> int:
+    """The recurrence of a language model that fits on a line."""
+    for pos, token_id in enumerate(token_ids, start_pos):
         state = (state * 31 + (pos + 1) * (token_id + 7)) % 1_000_003
-    return state % FAKE_VOCAB_SIZE
+    return state
+
+
+def fake_next_token(token_ids: list[int], seed: int, window: int | None = None) -> int:
+    """Any change of any earlier token changes the next one: through the recurrence and, as far as the attention's window
+    reaches, a second time."""
+    start_pos = 0 if window is None else max(len(token_ids) - window, 0)
+    seen = fake_state(token_ids[start_pos:], start_pos)
+    return (fake_state(token_ids) + seed + 7 * seen) % FAKE_VOCAB_SIZE
 
 
 class FakeRunner:
-    """The runner's contract on the fake model, with a KV pool that holds each token's id and position.
+    """The runner's contract on the fake model, with a KV pool that holds each token's id and position, and recurrent states.
 
-    What it computes it reads back through block tables, as the real one does: a wrong table, slot, position or a block
-    with two owners gives other tokens.
+    What it computes it reads back through block tables and slots, as the real one does: a wrong table, slot, position or
+    a block with two owners gives other tokens.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.slots = np.full((num_blocks * block_size, 2), -1)
+    def __init__(self, num_blocks: int, block_size: int, num_slots: int, window: int | None = None) -> None:
+        self.pool = np.full((num_blocks * block_size, 2), -1)
+        self.states = [-1] * num_slots
         self.block_size = block_size
+        self.window = window
         self.fail_at: set[int] = set()
         self.num_steps = 0
         self._in_flight: tuple[Batch, list[int]] | None = None
@@ -35,7 +44,7 @@ class FakeRunner:
 
     def reset(self) -> None:
         self._in_flight = None
-        self.slots[:] = -1
+        self.pool[:] = -1
 
     def run(self, batch: Batch) -> StepResult | None:
         self.num_steps += 1
@@ -49,15 +58,25 @@ class FakeRunner:
     def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[int]) -> list[int]:
         arrays = BatchArrays.build(batch, previous, self.block_size)
         fed = np.concatenate([arrays.token_ids, np.array(previous_tokens, np.int32)])[arrays.token_sources]
-        self.slots[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
+        self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
+        ends = np.cumsum(arrays.query_lens)
         drawn = []
-        sampled_row = 0
         for i, row in enumerate(batch.rows):
-            positions = np.arange(arrays.context_lens[i])
-            slots = arrays.block_tables[i][positions // self.block_size] * self.block_size + positions % self.block_size
-            context = self.slots[slots]
-            assert (context[:, 1] == positions).all()
+            its_tokens = fed[ends[i] - row.num_tokens : ends[i]].tolist()
+            state = 0 if arrays.fresh[i] else self.states[arrays.slots[i]]
+            self.states[arrays.slots[i]] = fake_state(its_tokens, row.start_pos, state)
             if row.samples:
-                drawn.append(fake_next_token(context[:, 0].tolist(), int(arrays.seed[sampled_row])))
-                sampled_row += 1
+                seed = int(arrays.seed[len(drawn)])
+                drawn.append(self._next_token(arrays, i, seed))
         return drawn
+
+    def _next_token(self, arrays: BatchArrays, row: int, seed: int) -> int:
+        """`fake_next_token` of what pool and states hold."""
+        end_pos = arrays.context_lens[row]
+        start_pos = 0 if self.window is None else max(end_pos - self.window, 0)
+        positions = np.arange(start_pos, end_pos)
+        blocks = arrays.block_tables[row][positions // self.block_size]
+        seen = self.pool[blocks * self.block_size + positions % self.block_size]
+        assert (seen[:, 1] == positions).all()
+        recurrent = self.states[arrays.slots[row]]
+        return (recurrent + seed + 7 * fake_state(seen[:, 0].tolist(), start_pos)) % FAKE_VOCAB_SIZE

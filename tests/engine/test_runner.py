@@ -8,10 +8,9 @@ import pytest
 
 from engine.test_scheduler import API, Collector
 from mlx_server import wire
+from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
-from mlx_server.engine.kv_cache import KVCacheManager
-from mlx_server.engine.runner import ModelRunner
-from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.memory import MemoryPlan
 from mlx_server.models.base import Model
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
@@ -33,11 +32,7 @@ def fixture() -> dict[str, list[int]]:
 
 
 def make_core(model: Model, *, num_blocks: int = 64, max_batch_tokens: int = 64, max_running: int = 8) -> EngineCore:
-    scheduler = Scheduler(
-        KVCacheManager(num_blocks, BLOCK_SIZE), max_batch_tokens=max_batch_tokens, max_running=max_running
-    )
-    runner = ModelRunner(model, num_blocks, BLOCK_SIZE)
-    return EngineCore(scheduler, runner, context_length=num_blocks * BLOCK_SIZE, vocab_size=model.vocab_size)
+    return make_engine_core(model, MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running))
 
 
 def generate(core: EngineCore, *messages: wire.Submit, stagger: int = 0) -> dict[str, list[int]]:
@@ -95,7 +90,8 @@ class Poisoned:
 
     def __init__(self, model: Model, poison: int) -> None:
         self._model, self._poison = model, poison
-        self.kv_spec, self.context_length, self.vocab_size = model.kv_spec, model.context_length, model.vocab_size
+        self.kv_spec, self.state_spec = model.kv_spec, model.state_spec
+        self.context_length, self.vocab_size = model.context_length, model.vocab_size
         self.state_spec = model.state_spec
 
     def __call__(self, token_ids, ctx):

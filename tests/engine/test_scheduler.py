@@ -15,11 +15,17 @@ API = b"api-1"
 
 
 def make_core(
-    *, num_blocks: int = 64, block_size: int = 4, max_batch_tokens: int = 16, max_running: int = 8, context: int = 64
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_batch_tokens: int = 16,
+    max_running: int = 8,
+    context: int = 64,
+    window: int | None = None,
 ) -> tuple[EngineCore, FakeRunner]:
-    kv_cache = KVCacheManager(num_blocks, block_size)
-    scheduler = Scheduler(kv_cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
-    runner = FakeRunner(num_blocks, block_size)
+    kv_cache = KVCacheManager(num_blocks, block_size, max_running, window=window)
+    scheduler = Scheduler(kv_cache, max_batch_tokens=max_batch_tokens)
+    runner = FakeRunner(num_blocks, block_size, max_running, window)
     return EngineCore(scheduler, runner, context_length=context, vocab_size=FAKE_VOCAB_SIZE), runner
 
 
@@ -29,12 +35,12 @@ def make_submit(
     return wire.Submit(request_id, prompt, max_tokens, list(end), SamplingParams(seed=seed))
 
 
-def alone(message: wire.Submit) -> tuple[list[int], str, int]:
+def alone(message: wire.Submit, window: int | None = None) -> tuple[list[int], str, int]:
     """(sent tokens, finish reason, number generated) of a request that has the engine for itself."""
     tokens = list(message.prompt_token_ids)
     sent: list[int] = []
     while True:
-        token_id = fake_next_token(tokens, message.sampling.seed)
+        token_id = fake_next_token(tokens, message.sampling.seed, window)
         tokens.append(token_id)
         num_output = len(tokens) - len(message.prompt_token_ids)
         if token_id in message.end_token_ids:
@@ -47,7 +53,8 @@ def alone(message: wire.Submit) -> tuple[list[int], str, int]:
 class Collector:
     """What came back for each request, checked on the way: one end, nothing after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, wire.Finished | wire.Failed] = {}
 
@@ -71,7 +78,9 @@ class Collector:
     def check(self, message: wire.Submit) -> None:
         end = self.ends[message.request_id]
         assert isinstance(end, wire.Finished)
-        assert (self.tokens[message.request_id], end.finish_reason, end.num_output_tokens) == alone(message)
+        assert (self.tokens[message.request_id], end.finish_reason, end.num_output_tokens) == alone(
+            message, self.window
+        )
 
 
 def test_one_request_gets_its_tokens() -> None:
@@ -142,6 +151,21 @@ def test_youngest_is_preempted_and_still_gets_its_tokens() -> None:
     core.check_integrity()
 
 
+def test_blocks_behind_the_window_are_freed() -> None:
+    """A request much longer than the pool, whose attention looks back a few tokens."""
+    core, _ = make_core(num_blocks=6, block_size=4, max_batch_tokens=8, context=1000, window=8)
+    message = make_submit("a", list(range(100)), 200)
+    core.submit(API, message)
+    collector = Collector(window=8)
+    collector.run_until_idle(core)
+    collector.check(message)
+
+
+@pytest.mark.parametrize(("window", "longest"), [(None, 64), (8, None), (40, 64)])
+def test_a_window_that_leaves_room_lifts_the_limit_of_the_pool(window: int | None, longest: int | None) -> None:
+    assert KVCacheManager(16, 4, 1, window=window).max_request_tokens(max_batch_tokens=32) == longest
+
+
 def test_cancelled_request_is_silent_and_its_blocks_come_back() -> None:
     core, _ = make_core()
     core.submit(API, make_submit("a", [1, 2, 3], 40))
@@ -206,14 +230,16 @@ def test_random_walk(seed: int) -> None:
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4, 16])
     context = rng.randint(20, 60)
+    window = rng.choice([None, 1, 5, 16])
     core, runner = make_core(
         num_blocks=-(-context // block_size) + rng.randint(0, 10),
+        window=window,
         block_size=block_size,
         max_batch_tokens=rng.choice([1, 3, 8, 64]),
         max_running=rng.choice([1, 2, 8]),
         context=context,
     )
-    collector = Collector()
+    collector = Collector(window)
     messages: dict[str, wire.Submit] = {}
     cancelled: set[str] = set()
     for step in range(300):

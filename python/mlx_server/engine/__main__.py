@@ -10,11 +10,10 @@ from pathlib import Path
 from mlx_server import log as logs
 from mlx_server import status
 from mlx_server.config import Launch
+from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
-from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.memory import plan_memory
-from mlx_server.engine.runner import ModelRunner
-from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.step_context import KVPools
 from mlx_server.engine.transport import EngineServer
 from mlx_server.engine.warm_up import warm_up
 from mlx_server.errors import ModelLoadError
@@ -54,17 +53,12 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     plan = plan_memory(model)
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
-    kv_cache = KVCacheManager(plan.num_blocks, plan.block_size)
-    core = EngineCore(
-        Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens, max_running=plan.max_running),
-        ModelRunner(model, plan.num_blocks, plan.block_size),
-        context_length=min(model.context_length, kv_cache.capacity_tokens),
-        vocab_size=model.vocab_size,
-    )
+    core = make_engine_core(model, plan)
     warm_up(core)
+    kv_bytes = plan.num_tokens * KVPools.bytes_per_token(model.kv_spec)
     lines = {
         "Context": f"{core.info.context_length:,} tokens",
-        "KV cache": f"{plan.num_tokens:,} tokens, {plan.kv_bytes / 1e9:.1f} GB",
+        "KV cache": f"up to {plan.num_tokens:,} tokens, {kv_bytes / 1e9:.1f} GB",
     }
     return core, lines
 

@@ -61,6 +61,8 @@ class BatchArrays:
     block_tables: Ints  # [B, M]
     query_lens: list[int]  # B
     context_lens: list[int]  # B: tokens in the cache once this step has written its own
+    slots: Ints  # [B] of the recurrent states
+    fresh: list[bool]  # B: the request's first tokens, its states begin as zeros
     sampled: Ints  # [R] index on T of the token after which the next one is drawn
     temperature: npt.NDArray[np.float32]  # [R], like the rest
     top_k: Ints
@@ -100,6 +102,8 @@ class BatchArrays:
             block_tables=block_tables,
             query_lens=[row.num_tokens for row in rows],
             context_lens=[row.end_pos for row in rows],
+            slots=np.array([row.request.slot for row in rows], np.int32),
+            fresh=[row.start_pos == 0 for row in rows],
             sampled=ends[[row.samples for row in rows]] - 1,
             temperature=np.array([s.temperature for s in sampling], np.float32),
             top_k=np.array([s.top_k for s in sampling], np.int32),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_server.models.base import KVSpec, Model
+from mlx_server.engine.step_context import KVPools, RecurrentStates
+from mlx_server.models.base import Model
 
 BLOCK_SIZE = 16  # tokens
 MAX_RUNNING = 32  # requests in a step
@@ -19,10 +20,9 @@ MAX_BATCH_TOKENS = {mx.cpu: 256, mx.gpu: 2048}
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     num_blocks: int
-    block_size: int
-    max_batch_tokens: int
-    max_running: int
-    kv_bytes: int
+    block_size: int = BLOCK_SIZE
+    max_batch_tokens: int = MAX_BATCH_TOKENS[mx.cpu]
+    max_running: int = MAX_RUNNING
 
     @property
     def num_tokens(self) -> int:
@@ -31,20 +31,17 @@ class MemoryPlan:
 
 def plan_memory(model: Model) -> MemoryPlan:
     """Size the pool for `model`, whose weights are loaded, on the default device."""
-    device = mx.default_device().type
-    block_bytes = BLOCK_SIZE * bytes_per_token(model.kv_spec)
-    useful_tokens = max(model.context_length, USEFUL_TOKENS)
-    num_blocks = max(min(useful_tokens // BLOCK_SIZE, kv_budget_bytes() // block_bytes), 1)
-    return MemoryPlan(num_blocks, BLOCK_SIZE, MAX_BATCH_TOKENS[device], MAX_RUNNING, num_blocks * block_bytes)
+    budget_bytes = cache_budget_bytes() - MAX_RUNNING * RecurrentStates.bytes_per_slot(model.state_spec)
+    block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec)
+    useful_blocks = max(model.context_length, USEFUL_TOKENS) // BLOCK_SIZE
+    return MemoryPlan(
+        num_blocks=max(min(useful_blocks, budget_bytes // block_bytes), 1),
+        max_batch_tokens=MAX_BATCH_TOKENS[mx.default_device().type],
+    )
 
 
-def bytes_per_token(spec: KVSpec) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.size
-
-
-def kv_budget_bytes() -> int:
-    """What the KV pool may take: a share of RAM on the CPU, of what the weights leave on a GPU."""
+def cache_budget_bytes() -> int:
+    """What KV pool and recurrent states may take: a share of RAM on the CPU, of what the weights leave on a GPU."""
     if mx.default_device().type == mx.cpu:
         return int(CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     info = mx.device_info()

@@ -34,6 +34,8 @@ class Request:
     num_in_flight_tokens: int = 0
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
+    slot: int | None = None  # of the recurrent states, while running
 
     @property
     def num_known_tokens(self) -> int:

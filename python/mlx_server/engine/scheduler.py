@@ -18,10 +18,9 @@ class Scheduler:
     run out, the youngest request gives its own back and is computed again later: the oldest always finishes.
     """
 
-    def __init__(self, kv_cache: KVCacheManager, *, max_batch_tokens: int, max_running: int) -> None:
+    def __init__(self, kv_cache: KVCacheManager, *, max_batch_tokens: int) -> None:
         self.kv_cache = kv_cache
         self._max_batch_tokens = max_batch_tokens
-        self._max_running = max_running
         self._waiting: deque[Request] = deque()  # by arrival
         self._running: list[Request] = []  # by arrival
         self._by_id: dict[tuple[bytes, str], Request] = {}
@@ -72,7 +71,7 @@ class Scheduler:
             if self._make_room(request, num_tokens, unscheduled):
                 rows.append(self._launch(request, num_tokens))
                 budget -= num_tokens
-        while self._waiting and budget > 0 and len(self._running) < self._max_running:
+        while self._waiting and budget > 0 and self.kv_cache.num_free_slots:
             request = self._waiting[0]
             num_tokens = min(request.num_uncomputed_tokens, budget)
             if not self.kv_cache.allocate(request, num_tokens):
@@ -114,7 +113,7 @@ class Scheduler:
         self.kv_cache.check_integrity()
         if not self._by_id:
             assert not self._running and not self._waiting
-            assert self.kv_cache.num_free_blocks * self.kv_cache.block_size == self.kv_cache.capacity_tokens
+            self.kv_cache.check_all_free()
 
     def _make_room(self, request: Request, num_tokens: int, unscheduled: list[Request]) -> bool:
         """Get the blocks for `num_tokens` more, at the cost of younger requests that are not in this step yet."""

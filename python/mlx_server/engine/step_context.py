@@ -1,0 +1,111 @@
+"""What a model reads and writes beside its weights: KV pools and recurrent states, and one step's view of them."""
+
+import mlx.core as mx
+
+from mlx_server.engine.batch import BatchArrays
+from mlx_server.models.base import KVSpec, StateSpec
+from mlx_server.ops.attention import new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.gated_delta import gated_delta
+
+
+class KVPools:
+    """Keys and values of every layer with attention: [N, block_size, Hk, D] each."""
+
+    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
+        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        self.keys = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
+        self.values = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
+        mx.eval(self.keys, self.values)
+
+    @staticmethod
+    def bytes_per_token(spec: KVSpec) -> int:
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.size
+
+
+class RecurrentStates:
+    """What every recurrent layer holds of S requests: the last inputs of its convolution [S, K - 1, C] and its state
+    [S, Hv, Dv, Dk]."""
+
+    def __init__(self, spec: StateSpec | None, num_slots: int) -> None:
+        self.conv: list[mx.array] = []
+        self.state: list[mx.array] = []
+        if spec is None:
+            return
+        for _ in range(spec.num_layers):
+            self.conv.append(mx.zeros((num_slots, spec.conv_kernel - 1, spec.conv_channels), spec.dtype))
+            self.state.append(
+                mx.zeros((num_slots, spec.num_value_heads, spec.value_head_dim, spec.key_head_dim), mx.float32)
+            )
+        mx.eval(self.conv, self.state)
+
+    @staticmethod
+    def bytes_per_slot(spec: StateSpec | None) -> int:
+        if spec is None:
+            return 0
+        conv_bytes = (spec.conv_kernel - 1) * spec.conv_channels * spec.dtype.size
+        state_bytes = spec.num_value_heads * spec.value_head_dim * spec.key_head_dim * mx.float32.size
+        return spec.num_layers * (conv_bytes + state_bytes)
+
+
+class EngineStepContext:
+    """`StepContext` of one step: attention through the block tables, recurrence through the slots."""
+
+    def __init__(self, pools: KVPools, states: RecurrentStates, arrays: BatchArrays) -> None:
+        self.positions = mx.array(arrays.positions)  # [T]
+        self._pools = pools
+        self._states = states
+        self._slot_mapping = mx.array(arrays.slot_mapping)  # [T]
+        self._block_tables = mx.array(arrays.block_tables)  # [B, M]
+        self._slots = mx.array(arrays.slots)  # [B]
+        self._query_lens = arrays.query_lens
+        self._context_lens = arrays.context_lens
+        self._fresh = arrays.fresh
+
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+    ) -> mx.array:
+        pools = self._pools
+        pools.keys[layer], pools.values[layer] = write_kv(
+            pools.keys[layer], pools.values[layer], k, v, self._slot_mapping
+        )
+        return paged_attention(
+            q,
+            pools.keys[layer],
+            pools.values[layer],
+            block_tables=self._block_tables,
+            query_lens=self._query_lens,
+            context_lens=self._context_lens,
+            scale=scale,
+            window=window,
+        )
+
+    def gated_delta(
+        self,
+        layer: int,
+        qkv: mx.array,
+        conv_weight: mx.array,
+        a: mx.array,
+        b: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        *,
+        num_key_heads: int,
+        key_head_dim: int,
+    ) -> mx.array:
+        states = self._states
+        y, states.conv[layer], states.state[layer] = gated_delta(
+            qkv,
+            conv_weight,
+            a,
+            b,
+            a_log,
+            dt_bias,
+            states.conv[layer],
+            states.state[layer],
+            slots=self._slots,
+            query_lens=self._query_lens,
+            fresh=self._fresh,
+            num_key_heads=num_key_heads,
+            key_head_dim=key_head_dim,
+        )
+        return y
