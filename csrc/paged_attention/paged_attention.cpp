@@ -1,7 +1,6 @@
 #include "paged_attention/paged_attention.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -15,6 +14,7 @@
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
 #include "common/thread_pool.h"
+#include "common/write_rows.h"
 #include "paged_attention/paged_attention_cpu.h"
 
 namespace mlx_server {
@@ -77,45 +77,10 @@ void check_attention(const mx::array& q, const mx::array& k_pool, const mx::arra
   }
 }
 
-// Writes tokens [T, Hk, D] to slots [T] of pool [N, block_size, Hk, D], whose memory the output takes over.
-//
-// MLX's scatter would write in place only into memory that nothing else refers to, but a step that is still in flight
-// refers to the pools that it reads: launching the next one would copy them all. Here that is safe. The step in flight
-// reads no slot that the next one writes, and in its own step a slot is read only through the output.
-class WriteTokensPrimitive : public mx::UnaryPrimitive {
- public:
-  using UnaryPrimitive::UnaryPrimitive;
-
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    const mx::array pool = row_contiguous(inputs[0], stream());
-    const mx::array slots = row_contiguous(inputs[1], stream()), tokens = row_contiguous(inputs[2], stream());
-    out.copy_shared_buffer(pool);
-    const std::size_t token_bytes = tokens.nbytes() / std::max(tokens.shape(0), 1);
-    mx::cpu::get_command_encoder(stream()).dispatch([num_tokens = tokens.shape(0), token_bytes,
-                                                     slots = slots.data<std::int32_t>(), tokens = tokens.data<char>(),
-                                                     pool = out.data<char>()] {
-      for (int t = 0; t < num_tokens; ++t) {
-        std::memcpy(pool + slots[t] * token_bytes, tokens + t * token_bytes, token_bytes);
-      }
-    });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
-    op_error("write_kv", "the primitive must run on a CPU stream but got a GPU stream");
-  }
-
-  DEFINE_NAME(WriteTokens)
-  DEFINE_DEFAULT_IS_EQUIVALENT()
-};
-
 // pool [N, block_size, Hk, D], slots [T], tokens [T, Hk, D]
 mx::array write_pool(const mx::array& pool, const mx::array& slots, const mx::array& tokens, mx::Stream s) {
-  const auto values = mx::astype(tokens, pool.dtype(), s);
-  if (s.device == mx::Device::cpu) {
-    return mx::array(pool.shape(), pool.dtype(), std::make_shared<WriteTokensPrimitive>(s), {pool, slots, values});
-  }
   const mx::Shape flat{pool.shape(0) * pool.shape(1), pool.shape(2), pool.shape(3)};
-  const auto written = mx::scatter(mx::reshape(pool, flat, s), slots, mx::expand_dims(values, 1, s), 0, s);
+  const auto written = write_rows(mx::reshape(pool, flat, s), slots, mx::astype(tokens, pool.dtype(), s), s);
   return mx::reshape(written, pool.shape(), s);
 }
 

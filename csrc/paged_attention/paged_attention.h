@@ -11,8 +11,8 @@
 namespace mlx_server {
 
 // Stores keys and values k, v [T, Hk, D] in the pools [N, block_size, Hk, D] and returns the new pools. Token t goes to
-// slot slot_mapping[t] = block * block_size + offset; slots are distinct. A pool that nobody else refers to is written
-// in place.
+// slot slot_mapping[t] = block * block_size + offset; slots are distinct. The result takes
+// over the pools' memory (common/write_rows.h).
 std::pair<mlx::core::array, mlx::core::array> write_kv(const mlx::core::array& k_pool, const mlx::core::array& v_pool,
                                                        const mlx::core::array& k, const mlx::core::array& v,
                                                        const mlx::core::array& slot_mapping,

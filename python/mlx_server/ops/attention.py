@@ -27,7 +27,6 @@ def write_kv(
 
     The new pools take over the memory of the old ones, which must not be used again, as in
     `self.k, self.v = write_kv(self.k, self.v, ...)`. That holds also while steps that read other slots are in flight.
-    On a GPU the pools are copied in that case: MLX's scatter does not write to memory that is still in use.
 
     Args:
         k_pool, v_pool: [N, block_size, Hk, D].

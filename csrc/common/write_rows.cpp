@@ -1,0 +1,94 @@
+#include "common/write_rows.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+#include <mlx/primitives.h>
+
+#include "common/row_contiguous.h"
+
+namespace mlx_server {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Moves the ownership of an array's memory to another array; the destructor moves it back.
+class LentMemory {
+ public:
+  LentMemory(const mx::array& lender, mx::array& borrower) : owner_(lender.data_shared_ptr()) {
+    borrower.set_data(std::move(*owner_), lender.data_size(), lender.strides(), lender.flags(), lender.offset());
+    borrowed_ = borrower.data_shared_ptr().get();
+  }
+
+  ~LentMemory() {
+    std::destroy_at(owner_.get());
+    std::construct_at(owner_.get(), std::move(*borrowed_));
+  }
+
+  LentMemory(const LentMemory&) = delete;
+  LentMemory& operator=(const LentMemory&) = delete;
+
+ private:
+  std::shared_ptr<mx::allocator::Data> owner_;
+  mx::allocator::Data* borrowed_;
+};
+
+// inputs: pool [N, ...], slots [T], rows [T, 1, ...]
+class WriteRowsPrimitive : public mx::UnaryPrimitive {
+ public:
+  WriteRowsPrimitive(mx::Stream stream, std::shared_ptr<mx::Primitive> scatter)
+      : UnaryPrimitive(stream), scatter_(std::move(scatter)) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    const mx::array pool = row_contiguous(inputs[0], stream());
+    const mx::array slots = row_contiguous(inputs[1], stream()), rows = row_contiguous(inputs[2], stream());
+    out.copy_shared_buffer(pool);
+    const std::size_t row_bytes = rows.nbytes() / std::max(rows.shape(0), 1);
+    mx::cpu::get_command_encoder(stream()).dispatch([num_rows = rows.shape(0), row_bytes,
+                                                     slots = slots.data<std::int32_t>(), rows = rows.data<char>(),
+                                                     pool = out.data<char>()] {
+      for (int t = 0; t < num_rows; ++t) {
+        std::memcpy(pool + slots[t] * row_bytes, rows + t * row_bytes, row_bytes);
+      }
+    });
+  }
+
+  // MLX's scatter writes in place if the pool is its alone, so it borrows the pool's memory. That MLX sees an output in
+  // that memory is what makes later reads wait for it on the device.
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    const mx::array& pool = inputs[0];
+    const void* const buffer = pool.buffer().ptr();
+    std::vector<mx::array> scatter_inputs = inputs, scatter_outputs;
+    scatter_inputs[0] = mx::array(pool.shape(), pool.dtype(), nullptr, {});
+    scatter_outputs.emplace_back(pool.shape(), pool.dtype(), nullptr, std::vector<mx::array>{});
+    bool in_place;
+    {
+      const LentMemory lent(pool, scatter_inputs[0]);
+      scatter_->eval_gpu(scatter_inputs, scatter_outputs);
+      in_place = scatter_outputs[0].buffer().ptr() == buffer;
+    }
+    out.copy_shared_buffer(in_place ? pool : scatter_outputs[0]);
+  }
+
+  DEFINE_NAME(WriteRows)
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+
+ private:
+  std::shared_ptr<mx::Primitive> scatter_;  // MLX's, for GPUs
+};
+
+}  // namespace
+
+mx::array write_rows(const mx::array& pool, const mx::array& slots, const mx::array& rows, mx::Stream s) {
+  const mx::array scattered = mx::scatter(pool, slots, mx::expand_dims(rows, 1, s), 0, s);
+  return mx::array(pool.shape(), pool.dtype(), std::make_shared<WriteRowsPrimitive>(s, scattered.primitive_ptr()),
+                   scattered.inputs());
+}
+
+}  // namespace mlx_server
