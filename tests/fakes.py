@@ -15,18 +15,18 @@ def fake_state(token_ids: list[int], start_pos: int = 0, state: int = 0) -> int:
 
 
 def fake_next_token(token_ids: list[int], seed: int, window: int | None = None) -> int:
-    """Any change of any earlier token changes the next one: through the recurrence and, as far as the attention's window
-    reaches, a second time."""
+    """Any change of any earlier token changes the next one: through the recurrence and, within the attention's window,
+    a second time."""
     start_pos = 0 if window is None else max(len(token_ids) - window, 0)
     seen = fake_state(token_ids[start_pos:], start_pos)
     return (fake_state(token_ids) + seed + 7 * seen) % FAKE_VOCAB_SIZE
 
 
 class FakeRunner:
-    """The runner's contract on the fake model, with a KV pool that holds each token's id and position, and recurrent states.
+    """The runner's contract on the fake model: a KV pool that holds each token's id and position, and recurrent states.
 
-    What it computes it reads back through block tables and slots, as the real one does: a wrong table, slot, position or
-    a block with two owners gives other tokens.
+    What it computes it reads back through block tables and slots, as the real one does: a wrong table, slot, position
+    or a block with two owners gives other tokens.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_slots: int, window: int | None = None) -> None:
@@ -60,7 +60,7 @@ class FakeRunner:
         fed = np.concatenate([arrays.token_ids, np.array(previous_tokens, np.int32)])[arrays.token_sources]
         self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
         ends = np.cumsum(arrays.query_lens)
-        drawn = []
+        drawn: list[int] = []
         for i, row in enumerate(batch.rows):
             its_tokens = fed[ends[i] - row.num_tokens : ends[i]].tolist()
             state = 0 if arrays.fresh[i] else self.states[arrays.slots[i]]
@@ -79,4 +79,4 @@ class FakeRunner:
         seen = self.pool[blocks * self.block_size + positions % self.block_size]
         assert (seen[:, 1] == positions).all()
         recurrent = self.states[arrays.slots[row]]
-        return (recurrent + seed + 7 * fake_state(seen[:, 0].tolist(), start_pos)) % FAKE_VOCAB_SIZE
+        return int((recurrent + seed + 7 * fake_state(seen[:, 0].tolist(), start_pos)) % FAKE_VOCAB_SIZE)

@@ -23,7 +23,8 @@ class ModelRunner:
     def __init__(self, model: Model, plan: MemoryPlan) -> None:
         self._model = model
         self._plan = plan
-        self.reset()
+        self._in_flight: _Step | None = None
+        self._allocate()
 
     @property
     def in_flight(self) -> Batch | None:
@@ -37,7 +38,10 @@ class ModelRunner:
         return StepResult(previous.batch, previous.token_ids.tolist())  # type: ignore[arg-type]
 
     def reset(self) -> None:
-        self._in_flight: _Step | None = None
+        self._in_flight = None
+        self._allocate()
+
+    def _allocate(self) -> None:
         self._pools = KVPools(self._model.kv_spec, self._plan.num_blocks, self._plan.block_size)
         self._states = RecurrentStates(self._model.state_spec, self._plan.max_running)
 
