@@ -76,6 +76,18 @@ def dequantized(weights: dict[str, mx.array], layer: str, **how: Any) -> mx.arra
     return mx.dequantize(weights[f"{layer}.weight"], weights[f"{layer}.scales"], biases, **how).astype(mx.float32)
 
 
+def stacked_experts(weights: dict[str, mx.array], num_experts: int) -> dict[str, mx.array]:
+    """The weights with experts as MLX checkpoints hold them: in one tensor."""
+    plain = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    firsts = [name for name in weights if ".experts.0." in name]
+    return plain | {
+        name.replace("experts.0", "switch_mlp"): mx.stack(
+            [weights[name.replace("experts.0", f"experts.{expert}")] for expert in range(num_experts)]
+        )
+        for name in firsts
+    }
+
+
 def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> str:
     """Write config.json and model.safetensors; the directory, as `load_model` takes it."""
     (directory / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
-from models.checkpoints import dequantized, quantized, save
+from models.checkpoints import dequantized, quantized, save, stacked_experts
 from models.dense_kv import prompt_logits
 from models.transformers_model import save_random, transformers_logits
 
@@ -57,22 +57,10 @@ def parity_checkpoint():
     return json.loads((PARITY / "config.json").read_text()), mx.load(str(PARITY / "model.safetensors"))
 
 
-def stacked(weights: dict[str, mx.array], num_experts: int) -> dict[str, mx.array]:
-    """The weights under MLX's names."""
-    plain = {name: weight for name, weight in weights.items() if ".experts." not in name}
-    firsts = [name for name in weights if ".experts.0." in name]
-    return plain | {
-        name.replace("experts.0", "switch_mlp"): mx.stack(
-            [weights[name.replace("experts.0", f"experts.{expert}")] for expert in range(num_experts)]
-        )
-        for name in firsts
-    }
-
-
 def test_reads_stacked_experts(tmp_path):
     config, weights = parity_checkpoint()
     fixture = np.load(PARITY / "fixture.npz")
-    model = load_model(save(tmp_path, config, stacked(weights, 8)))
+    model = load_model(save(tmp_path, config, stacked_experts(weights, 8)))
     np.testing.assert_allclose(prompt_logits(model, fixture["prompt"].tolist()), fixture["logits"], 0, 1e-4)
 
 
@@ -81,7 +69,7 @@ def test_reads_experts_quantized_each_its_own_way(mode, tmp_path):
     config, weights = parity_checkpoint()
     how = {"up": {"group_size": 32, "bits": 4, "mode": mode}, "down": {"group_size": 64, "bits": 8, "mode": "affine"}}
     block: dict[str, object] = {"group_size": 64, "bits": 4}
-    stored = plain = stacked(weights, 8)
+    stored = plain = stacked_experts(weights, 8)
     for projection, parameters in how.items():
         layer = f"model.layers.2.mlp.switch_mlp.{projection}_proj"
         block[layer] = parameters
@@ -104,7 +92,7 @@ def test_a_missing_tensor_is_named(name, tmp_path):
 
 def test_a_missing_stacked_projection_is_named(tmp_path):
     config, weights = parity_checkpoint()
-    weights = stacked(weights, 8)
+    weights = stacked_experts(weights, 8)
     del weights["model.layers.2.mlp.switch_mlp.gate_proj.weight"]
     with pytest.raises(ModelLoadError, match=r"tensor model.layers.2.mlp.switch_mlp.gate_proj.weight is missing"):
         load_model(save(tmp_path, config, weights))

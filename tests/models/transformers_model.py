@@ -12,6 +12,7 @@ def save_random(directory: Path, config: dict[str, Any], seed: int = 0) -> Any:
     """A model of transformers with random float32 weights, written to `directory` as transformers writes it."""
     model_type = config["model_type"]
     fields = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **fields), attn_implementation="eager", dtype=torch.float32
     ).eval()
