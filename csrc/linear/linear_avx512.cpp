@@ -11,7 +11,7 @@ namespace {
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kDirectRows = 4;
+  static constexpr int kDirectRows = 5;
   static constexpr int kPanelRows = 6;  // 6 x 4 sums, 4 weights and one x in 32 registers
 
   static Vec zero() { return _mm512_setzero_ps(); }

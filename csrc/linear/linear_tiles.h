@@ -152,15 +152,15 @@ void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stri
   }
 }
 
-// Tiles of at most kRows rows, as few as possible.
+// rows rows at once, at most kRows.
 template <typename Simd, int kRows>
 void panel_rows(const QuantizedLinear& op, const float* panel, std::int64_t row, std::int64_t rows,
                 std::int64_t n_begin, std::int64_t n_end) {
-  if (rows < kRows) {
-    if constexpr (kRows > 1) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
       panel_rows<Simd, kRows - 1>(op, panel, row, rows, n_begin, n_end);
+      return;
     }
-    return;
   }
   std::int64_t n = n_begin;
   for (; n + kColumns <= n_end; n += kColumns) {
@@ -176,8 +176,12 @@ void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64
   for (std::int64_t n = n_begin; n < n_end; ++n) {
     dequantize_row<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
   }
-  for (std::int64_t row = 0; row < op.rows; row += Simd::kPanelRows) {
-    panel_rows<Simd, Simd::kPanelRows>(op, panel, row, op.rows - row, n_begin, n_end);
+  // As few tiles as possible, of equal height: a low one does little with the weights that it loads.
+  std::int64_t row = 0;
+  for (std::int64_t tiles = (op.rows + Simd::kPanelRows - 1) / Simd::kPanelRows; tiles > 0; --tiles) {
+    const std::int64_t rows = (op.rows - row + tiles - 1) / tiles;
+    panel_rows<Simd, Simd::kPanelRows>(op, panel, row, rows, n_begin, n_end);
+    row += rows;
   }
 }
 
