@@ -58,6 +58,7 @@ BLOCK_TYPES: dict[int, tuple[str, int, int]] = {
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
+BLOCK_SIZES = {name: (num_values, num_bytes) for name, num_values, num_bytes in BLOCK_TYPES.values()}
 
 # GGUF metadata type number -> struct format; 7 bool, 8 string and 9 array are read by hand
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

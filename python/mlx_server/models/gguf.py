@@ -1,21 +1,20 @@
 """Tensors of GGUF files of the llama architecture, as an MLX checkpoint would hold them.
 
-MLX's affine form holds Q4_0, Q4_1 (4 bits) and Q8_0 (8 bits) exactly, in groups of 32 with float16 scales.
 Names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py
 """
 
+import logging
 import re
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_server.checkpoint.gguf import GGUF
 from mlx_server.errors import ModelLoadError
+from mlx_server.models.gguf_blocks import FLOAT_TYPES, GROUP_SIZE, QUANTIZED_TYPES, read_floats, read_matrix
 from mlx_server.models.quantize import Quantization, QuantizationPlan
 
-_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_TYPES = (*_BITS, "F16", "F32")  # all that `mx.load` reads without loss
+log = logging.getLogger(__name__)
 
 _LAYERS = {
     "token_embd": "model.embed_tokens",
@@ -38,26 +37,68 @@ _NO_WEIGHTS = "rope_freqs.weight"
 def load_gguf_tensors(header: GGUF, head_dim: int) -> tuple[dict[str, mx.array], QuantizationPlan]:
     """A GGUF file's tensors under the names of an MLX checkpoint, and how they are quantized.
 
-    ModelLoadError names a tensor that is unknown or of a type that is not supported.
+    ModelLoadError names a tensor that is unknown, of a type that is not supported, or not what its type says.
     """
-    plan: dict[str, Quantization | None] = {}
-    for name, info in header.tensors.items():
-        if info.type not in _TYPES:
-            raise ModelLoadError(
-                f"{header.path}: tensor {name} has type {info.type}, not supported (supported: {', '.join(_TYPES)})"
-            )
-        if info.type in _BITS:
-            plan[_layer_name(header, name)] = Quantization(group_size=32, bits=_BITS[info.type])
-
-    source = cast("dict[str, mx.array]", mx.load(str(header.path), format="gguf"))
-    source.pop(_NO_WEIGHTS, None)
     tensors: dict[str, mx.array] = {}
-    for name in list(source):
-        tensor = source.pop(name)
+    plan: dict[str, Quantization | None] = {}
+    for name in header.tensors:
+        _check_type(header, name)  # before any is read, which takes a while
+    for name, info in header.tensors.items():
+        if name == _NO_WEIGHTS:
+            continue
+        layer, kind = _layer_name(header, name), name.rpartition(".")[2]
+        parts = _read(header, name)
         if ".attn_q." in name or ".attn_k." in name:
-            tensor = tensor[_half_split_rows(tensor.shape[0], head_dim, f"{header.path}: tensor {name}")]
-        tensors[f"{_layer_name(header, name)}.{name.rpartition('.')[2]}"] = tensor
+            rows = _half_split_rows(info.shape[0], head_dim, f"{header.path}: tensor {name}")
+            parts = {suffix: part[rows] for suffix, part in parts.items()}
+        if info.type in QUANTIZED_TYPES:
+            plan[layer] = Quantization(group_size=GROUP_SIZE, bits=QUANTIZED_TYPES[info.type].bits)
+        tensors |= {f"{layer}.{suffix or kind}": part for suffix, part in parts.items()}
+    _warn_if_inexact(header)
     return tensors, QuantizationPlan(None, plan)
+
+
+def _check_type(header: GGUF, name: str) -> None:
+    info, where = header.tensors[name], f"{header.path}: tensor {name}"
+    if info.type not in FLOAT_TYPES and info.type not in QUANTIZED_TYPES:
+        known = ", ".join((*FLOAT_TYPES, *QUANTIZED_TYPES))
+        raise ModelLoadError(f"{where} has type {info.type}, not supported (supported: {known})")
+    if info.type in QUANTIZED_TYPES and not (len(info.shape) == 2 and name.endswith(".weight")):
+        raise ModelLoadError(f"{where} {info.shape} has type {info.type}, but only matrices may be quantized")
+
+
+def _read(header: GGUF, name: str) -> dict[str, mx.array]:
+    """The arrays of a tensor: itself under "", and the "scales" and "biases" of a quantized one."""
+    info, where = header.tensors[name], f"{header.path}: tensor {name}"
+    try:
+        with header.path.open("rb") as file:
+            if info.type in FLOAT_TYPES:
+                return {"": read_floats(file, info)}
+            weight, scales, biases = read_matrix(file, info)
+    except EOFError as error:
+        raise ModelLoadError(f"{where} became shorter while it was read") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{where} is corrupt: {error}") from error
+    except OSError as error:
+        raise ModelLoadError(f"{where} can't be read: {error.strerror}") from error
+    # float32 holds the scales of all types exactly; a GPU computes in half precision, with such scales too.
+    dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+    return {"": weight, "scales": scales.astype(dtype), "biases": biases.astype(dtype)}
+
+
+def _warn_if_inexact(header: GGUF) -> None:
+    for kind, how in QUANTIZED_TYPES.items():
+        count = sum(info.type == kind for info in header.tensors.values())
+        if count and not how.is_exact:
+            log.warning(
+                "%s: MLX has no form for %s; %d tensors of this type are held with %d bits in groups of %d, "
+                "each weight rounded by at most half of 1/255 of its group's range",
+                header.path,
+                kind,
+                count,
+                how.bits,
+                GROUP_SIZE,
+            )
 
 
 def _layer_name(header: GGUF, tensor_name: str) -> str:
