@@ -20,14 +20,20 @@ GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return load_model(str(PARITY / "llama" / "mlx-4bit"))
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "qwen3_next"])
+def directory(request) -> Path:
+    """Attention alone, with experts, and with recurrent layers."""
+    return PARITY / request.param / "mlx-4bit"
 
 
 @pytest.fixture(scope="module")
-def fixture() -> dict[str, list[int]]:
-    arrays = np.load(PARITY / "llama" / "mlx-4bit" / "fixture.npz")
+def model(directory) -> Model:
+    return load_model(str(directory))
+
+
+@pytest.fixture(scope="module")
+def fixture(directory) -> dict[str, list[int]]:
+    arrays = np.load(directory / "fixture.npz")
     return {name: arrays[name].tolist() for name in ("prompt", "greedy")}
 
 
@@ -92,7 +98,6 @@ class Poisoned:
         self._model, self._poison = model, poison
         self.kv_spec, self.state_spec = model.kv_spec, model.state_spec
         self.context_length, self.vocab_size = model.context_length, model.vocab_size
-        self.state_spec = model.state_spec
 
     def __call__(self, token_ids, ctx):
         self.is_poison = (token_ids == self._poison).any()
