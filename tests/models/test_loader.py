@@ -137,7 +137,7 @@ def test_integers_are_no_weights(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: llama, .*\)"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: gemma3_text, llama, .*\)"),
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"hidden_size": "64"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
         ({"num_hidden_layers": 0}, r"Expected `int` >= 1 - at `\$.num_hidden_layers`"),
@@ -145,13 +145,18 @@ def test_integers_are_no_weights(tmp_path):
         ({"head_dim": 13}, "head size 13 must be even"),
         ({"hidden_act": "gelu"}, r"hidden_act"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            r"rope_type 'yarn' is not supported \(supported: default",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            r"rope_type 'longrope' is not supported \(supported: default",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE parameters: .*missing required field `factor`"),
-        ({"rope_parameters": {"full_attention": {}}}, "RoPE parameters: .*missing required field `rope_theta`"),
+        ({"rope_parameters": {"full_attention": {}}}, "RoPE parameters for each type of layer are not supported"),
         ({"rope_parameters": 3}, "rope_parameters must be an object"),
         ({"rope_theta": -1.0}, "rope_theta"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_theta of yarn must be above 1",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "RoPE parameters: .*factor"),
         ({"quantization": {"group_size": 32, "bits": 7}}, "bits of affine must be 2 or 3 .* but is 7"),
         ({"quantization": {"group_size": 48, "bits": 4}}, "group_size of affine must be 32 or 64 or 128 but is 48"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "magic"}}, "quantization: .*magic"),

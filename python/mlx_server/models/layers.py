@@ -1,13 +1,19 @@
 """Blocks that architectures share. Each takes its tensors from the checkpoint's `Weights` under its own name there."""
 
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 
 from mlx_server.errors import ModelLoadError
+from mlx_server.models.base import KVSpec, StepContext
+from mlx_server.models.config import DecoderArgs
 from mlx_server.models.quantize import Quantization
+from mlx_server.models.rope import RopeParameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.linear import quantized_linear
 from mlx_server.ops.norm import rms_norm
+from mlx_server.ops.rope import rope
 
 
 class Matrix:
@@ -123,3 +129,115 @@ class SwiGLU:
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+class Rope:
+    """Rotary position embedding: x [T, H, head_dim], positions [T] -> [T, H, head_dim]
+
+    rotary_dim: features of each head that turn, the first ones; None: all.
+    """
+
+    def __init__(self, parameters: RopeParameters, head_dim: int, rotary_dim: int | None = None) -> None:
+        rotary_dim = rotary_dim or head_dim
+        self._freqs = mx.array(parameters.freqs(rotary_dim), mx.float32)
+        factor = parameters.length_factor
+        self._lengths = None if factor == 1 else mx.array([factor] * rotary_dim + [1.0] * (head_dim - rotary_dim))
+
+    def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
+        y = rope(x, positions, self._freqs)
+        return y if self._lengths is None else (y * self._lengths).astype(x.dtype)
+
+
+class Attention:
+    """Causal attention over rotated queries and keys: x [T, hidden_size] -> [T, hidden_size]
+
+    Letters: H heads, Hk key-value heads, D head size. `q_norm` and `k_norm` apply to each head before it is rotated.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        args: DecoderArgs,
+        layer: int,
+        rope: Rope,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.layer, self.head_dim, self.rope = layer, args.head_size, rope
+        self.scale = args.head_size**-0.5 if scale is None else scale
+        self.window = args.windows[layer]
+        q_features, kv_features = args.num_attention_heads * args.head_size, args.num_kv_heads * args.head_size
+        self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, q_features, bias=qkv_bias)
+        self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=qkv_bias)
+        self.v_proj = Linear(weights.at("v_proj"), args.hidden_size, kv_features, bias=qkv_bias)
+        self.o_proj = Linear(weights.at("o_proj"), q_features, args.hidden_size, bias=output_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
+        num_tokens = x.shape[0]
+        q = self.q_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, H, D]
+        k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
+        v = self.v_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
+        q = self.rope(self.q_norm(q) if self.q_norm else q, ctx.positions)
+        k = self.rope(self.k_norm(k) if self.k_norm else k, ctx.positions)
+        y = ctx.attend(self.layer, q, k, v, scale=self.scale, window=self.window)  # [T, H, D]
+        return self.o_proj(y.flatten(-2))
+
+
+class PreNormLayer:
+    """Attention and feed-forward network, each of its input's norm and added to it: x [T, hidden_size] -> the same"""
+
+    def __init__(self, weights: Weights, args: DecoderArgs, self_attn: Attention, mlp: SwiGLU) -> None:
+        self.self_attn, self.mlp = self_attn, mlp
+        self.input_layernorm = RMSNorm(weights.at("input_layernorm"), args.hidden_size, args.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(
+            weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
+        )
+
+    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), ctx)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class CausalLM:
+    """The frame of a decoder-only transformer, a `models.base.Model`: embedding, layers, last norm, head.
+
+    The head is the checkpoint's `lm_head` if there is one, whatever the configuration says, else the embedding.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        args: DecoderArgs,
+        layers: Sequence[Callable[[mx.array, StepContext], mx.array]],
+        norm: RMSNorm,
+    ) -> None:
+        weights.drop(suffix=".rotary_emb.inv_freq")
+        self.embed_tokens = Embedding(weights.at("model.embed_tokens"), args.vocab_size, args.hidden_size)
+        self.layers, self.norm = layers, norm
+        tied = not weights.has("lm_head.weight") and args.tie_word_embeddings is not False
+        self.lm_head = None if tied else Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
+
+        windows = [window for window in args.windows if window is not None]
+        window = max(windows) if len(windows) == args.num_hidden_layers else None
+        self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
+        self.state_spec = None
+        self.context_length = args.max_position_embeddings
+        self.vocab_size = args.vocab_size
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        return self.embed_tokens(token_ids)
+
+    def __call__(self, token_ids: mx.array, ctx: StepContext) -> mx.array:
+        x = self.embed(token_ids)  # [T, hidden_size]
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        head = self.lm_head or self.embed_tokens.as_linear
+        return head(hidden).astype(mx.float32)  # [R, V]

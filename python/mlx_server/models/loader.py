@@ -12,16 +12,24 @@ from mlx_server.checkpoint.model_config import is_gguf, load_config
 from mlx_server.checkpoint.safetensors import weight_files
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import Model
+from mlx_server.models.gemma3_text import Gemma3Text
 from mlx_server.models.gguf import load_gguf_tensors
 from mlx_server.models.llama import Llama
+from mlx_server.models.mistral import Mistral
 from mlx_server.models.quantize import QuantizationPlan, read_plan
+from mlx_server.models.qwen2 import Qwen2
+from mlx_server.models.qwen3 import Qwen3
 from mlx_server.models.qwen3_moe import Qwen3Moe
 from mlx_server.models.qwen3_next import Qwen3Next
 from mlx_server.models.weights import Weights
 
 # model_type of the configuration -> its architecture. Only these are ever built, whatever a model's folder asks for.
 ARCHITECTURES: dict[str, Callable[[JsonObject, Weights], Model]] = {
+    "gemma3_text": Gemma3Text,
     "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
     "qwen3_moe": Qwen3Moe,
     "qwen3_next": Qwen3Next,
 }

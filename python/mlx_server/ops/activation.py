@@ -16,3 +16,15 @@ def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
         ValueError: shapes or dtypes don't fit.
     """
     return _ext.silu_mul(gate, up)
+
+
+def gelu_mul(gate: mx.array, up: mx.array) -> mx.array:
+    """`gelu(gate) * up`, the gate of GeGLU (Shazeer, 2020), with GELU's approximation by tanh (Hendrycks, 2016).
+
+    Args:
+        gate, up: same shape and floating point dtype.
+    Returns:
+        An array of that shape and dtype.
+    """
+    # 0.5 * (1 + tanh(y)) is sigmoid(2 * y).
+    return gate * mx.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up

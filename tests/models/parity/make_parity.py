@@ -58,26 +58,69 @@ BIAS: dict[str, Any] = {
     "rope_scaling": None,
     "max_position_embeddings": 512,
 }
+PLAIN: dict[str, Any] = {"rope_scaling": None, "max_position_embeddings": 512}
+MISTRAL: dict[str, Any] = PLAIN | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN: dict[str, Any] = PLAIN | {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 3,
+}
+QWEN2: dict[str, Any] = QWEN | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3: dict[str, Any] = QWEN | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+YARN: dict[str, Any] = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+GEMMA3: dict[str, Any] = PLAIN | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 # name -> config, tokens of the prompt, group size of the 4-bit form
 CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "llama": (BASE | {"head_dim": 16}, 96, 64),
     "llama_tied": (BASE | {"head_dim": 32, "tie_word_embeddings": True}, 96, 32),
     "llama_bias": (BASE | BIAS, 40, 64),
+    "mistral": (BASE | MISTRAL | {"sliding_window": None, "head_dim": 32, "rope_theta": 1000000.0}, 48, 64),
+    "mistral_swa": (BASE | MISTRAL | {"sliding_window": 16, "head_dim": 16, "rope_theta": 10000.0}, 48, 64),
+    "qwen2": (BASE | QWEN2 | {"tie_word_embeddings": True}, 48, 64),
+    "qwen3": (BASE | QWEN3, 48, 64),
+    "qwen3_yarn": (BASE | QWEN3 | YARN, 96, 64),
+    "gemma3_text": (BASE | GEMMA3, 48, 64),
 }
 
 
 def fill(model, seed: int) -> None:
     """Random weights of a size that keeps activations and logits moderate."""
     generator = torch.Generator().manual_seed(seed)
+    gemma = model.config.model_type == "gemma3_text"  # weights of norms less 1, embeddings to be scaled by 8
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(noise * 0.2 + 1.0)
+                parameter.copy_(noise * 0.2 + (0.0 if gemma else 1.0))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
             elif "embed_tokens" in name:
-                parameter.copy_(noise * 0.5)
+                parameter.copy_(noise * (0.06 if gemma else 0.5))
             else:
                 parameter.copy_(noise * (2.0 / parameter.shape[-1]) ** 0.5)
 

@@ -1,0 +1,49 @@
+"""Qwen3 (https://arxiv.org/abs/2505.09388): Llama with a norm of each query and key."""
+
+from typing import Literal
+
+from mlx_server.checkpoint.json_file import JsonObject
+from mlx_server.models.config import Count, WindowedDecoderArgs, convert
+from mlx_server.models.layers import Attention, CausalLM, PreNormLayer, RMSNorm, Rope, SwiGLU
+from mlx_server.models.rope import read_rope_parameters
+from mlx_server.models.weights import Weights
+
+
+class Qwen3Args(WindowedDecoderArgs, frozen=True, kw_only=True):
+    """The fields of config.json that are read; names and defaults are those of transformers' Qwen3Config."""
+
+    max_position_embeddings: Count = 32768
+    hidden_act: Literal["silu"] = "silu"
+    head_dim: Count = 128
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    max_window_layers: int = 28  # from which on layers have a window
+
+    def is_sliding(self, layer: int) -> bool:
+        return self.use_sliding_window and layer >= self.max_window_layers
+
+
+def decoder_layer(args: Qwen3Args, layer: int, rope: Rope, weights: Weights) -> PreNormLayer:
+    attn, eps, bias = weights.at("self_attn"), args.rms_norm_eps, args.attention_bias
+    attention = Attention(
+        attn,
+        args,
+        layer,
+        rope,
+        qkv_bias=bias,
+        output_bias=bias,
+        q_norm=RMSNorm(attn.at("q_norm"), args.head_size, eps),
+        k_norm=RMSNorm(attn.at("k_norm"), args.head_size, eps),
+    )
+    return PreNormLayer(weights, args, attention, SwiGLU(weights.at("mlp"), args.hidden_size, args.intermediate_size))
+
+
+class Qwen3(CausalLM):
+    def __init__(self, config: JsonObject, weights: Weights) -> None:
+        args = convert(config, Qwen3Args, weights.source)
+        rope = Rope(read_rope_parameters(config, weights.source), args.head_size)
+        model = weights.at("model")
+        layers = [
+            decoder_layer(args, layer, rope, model.at(f"layers.{layer}")) for layer in range(args.num_hidden_layers)
+        ]
+        super().__init__(weights, args, layers, RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
