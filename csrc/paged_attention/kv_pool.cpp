@@ -22,8 +22,8 @@ class UnwrittenPrimitive : public mx::UnaryPrimitive {
   void eval_cpu(const std::vector<mx::array>&, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
   }
-  void eval_gpu(const std::vector<mx::array>&, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    op_error("new_kv_pool", "the primitive must run on a CPU stream but got a GPU stream");
   }
 
   DEFINE_NAME(Unwritten)
@@ -31,11 +31,15 @@ class UnwrittenPrimitive : public mx::UnaryPrimitive {
 
 }  // namespace
 
-mx::array new_kv_pool(const mx::Shape& shape, mx::Dtype dtype, mx::StreamOrDevice s) {
+mx::array new_kv_pool(const mx::Shape& shape, mx::Dtype dtype, mx::StreamOrDevice s_) {
   if (shape.size() != 4 || std::ranges::any_of(shape, [](auto size) { return size < 1; })) {
     op_error("new_kv_pool", "shape must be [N, block_size, Hk, D] with sizes of 1 and more but got ", shape);
   }
-  return mx::array(shape, dtype, std::make_shared<UnwrittenPrimitive>(mx::to_stream(s)), {});
+  const auto s = mx::to_stream(s_);
+  if (s.device != mx::Device::cpu) {
+    return mx::zeros(shape, dtype, s);
+  }
+  return mx::array(shape, dtype, std::make_shared<UnwrittenPrimitive>(s), {});
 }
 
 }  // namespace mlx_server

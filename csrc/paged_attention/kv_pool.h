@@ -6,8 +6,8 @@
 
 namespace mlx_server {
 
-// A pool [N, block_size, Hk, D] with undefined contents. Where the system maps memory on first use, as on the CPU,
-// blocks that no token was ever written to take none.
+// A pool [N, block_size, Hk, D] with undefined contents. On the CPU, where the system maps memory on first use, blocks
+// that no token was ever written to take none.
 mlx::core::array new_kv_pool(const mlx::core::Shape& shape, mlx::core::Dtype dtype, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_server
