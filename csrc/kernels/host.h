@@ -1,0 +1,131 @@
+// What the names of kernels mean in plain C++: every thread of a group is a thread of the machine, so that kernels run
+// in the C++ tests, under sanitizers. Slow: for small shapes.
+//
+//   template <typename T>
+//   void scale(const T* x, T* y) {
+//   #include "op/scale.kernel"
+//   }
+//   host_launch({num_groups, 1, 1}, 64, [&] { scale(x, y); });
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <thread>
+#include <vector>
+
+namespace mlx_server {
+
+// The 16 bits of a bfloat16, with the conversions that kernels use.
+struct HostBfloat16 {
+  std::uint16_t bits = 0;
+
+  HostBfloat16() = default;
+  explicit HostBfloat16(float x) {
+    const auto wide = std::bit_cast<std::uint32_t>(x);
+    bits = static_cast<std::uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);  // to nearest, ties to even
+  }
+  operator float() const { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+};
+
+// The thread that runs: its place in the grid and what it shares with its neighbours.
+struct HostThread {
+  struct Simdgroup {
+    std::barrier<> barrier{32};
+    std::array<float, 32> values{};
+  };
+
+  int index = 0;
+  std::array<int, 3> group{};
+  std::barrier<>* group_barrier = nullptr;
+  Simdgroup* simdgroup = nullptr;
+
+  static HostThread& current() {
+    static thread_local HostThread thread;
+    return thread;
+  }
+
+  // Gives every lane the values of all 32, in an array that read(values) may use.
+  template <typename Read>
+  float exchange(float x, const Read& read) {
+    simdgroup->values[index % 32] = x;
+    simdgroup->barrier.arrive_and_wait();
+    const float result = read(simdgroup->values);
+    simdgroup->barrier.arrive_and_wait();
+    return result;
+  }
+};
+
+// Runs body for all threads (a multiple of 32) of all groups, one group after the other.
+template <typename Body>
+void host_launch(std::array<int, 3> groups, int threads, const Body& body) {
+  std::barrier<> group_barrier(threads);
+  std::deque<HostThread::Simdgroup> simdgroups(static_cast<std::size_t>(threads / 32));
+  const auto work = [&](int index) {
+    HostThread& thread = HostThread::current();
+    thread = {index, {}, &group_barrier, &simdgroups[static_cast<std::size_t>(index / 32)]};
+    auto& [x, y, z] = thread.group;
+    for (z = 0; z < groups[2]; ++z) {
+      for (y = 0; y < groups[1]; ++y) {
+        for (x = 0; x < groups[0]; ++x) {
+          body();
+          group_barrier.arrive_and_wait();
+        }
+      }
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 0; i < threads; ++i) {
+    others.emplace_back(work, i);
+  }
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
+inline float host_simd_sum(float x) {
+  return HostThread::current().exchange(x, [](std::array<float, 32> v) {
+    for (std::size_t width = 16; width > 0; width /= 2) {
+      for (std::size_t i = 0; i < width; ++i) {
+        v[i] += v[i + width];
+      }
+    }
+    return v[0];
+  });
+}
+
+inline float host_simd_max(float x) {
+  return HostThread::current().exchange(x, [](const auto& v) { return *std::max_element(v.begin(), v.end()); });
+}
+
+inline float host_simd_read(float x, int lane) {
+  return HostThread::current().exchange(x, [&](const auto& v) { return v[static_cast<std::size_t>(lane)]; });
+}
+
+}  // namespace mlx_server
+
+#define THREAD (mlx_server::HostThread::current().index)
+#define LANE (mlx_server::HostThread::current().index % 32)
+#define SIMDGROUP (mlx_server::HostThread::current().index / 32)
+#define GROUP_X (mlx_server::HostThread::current().group[0])
+#define GROUP_Y (mlx_server::HostThread::current().group[1])
+#define GROUP_Z (mlx_server::HostThread::current().group[2])
+#define SHARED static
+#define DEVICE
+#define BARRIER() mlx_server::HostThread::current().group_barrier->arrive_and_wait()
+#define SIMD_BARRIER() mlx_server::HostThread::current().simdgroup->barrier.arrive_and_wait()
+#define SIMD_SUM(x) mlx_server::host_simd_sum(x)
+#define SIMD_MAX(x) mlx_server::host_simd_max(x)
+#define SIMD_SHUFFLE_XOR(x, mask) mlx_server::host_simd_read(x, LANE ^ (mask))
+#define SIMD_BROADCAST(x, lane) mlx_server::host_simd_read(x, lane)
+#define EXP(x) std::exp(x)
+#define LOG(x) std::log(x)
+#define RSQRT(x) (1 / std::sqrt(x))
+#define ABS(x) std::abs(x)
+#define MAX(a, b) std::max(a, b)
+#define MIN(a, b) std::min(a, b)
+#define UNROLL
