@@ -69,6 +69,24 @@ std::span<const LinearKernels* const> linear_kernels() {
   return kernels;
 }
 
+std::int64_t panel_columns(std::int64_t n, std::int64_t k, int num_threads) {
+  return tile_columns(kPanelBytes, k * static_cast<std::int64_t>(sizeof(float)), n, num_threads);
+}
+
+void quantized_linear_tile(const QuantizedLinear& op, const LinearKernels& kernels) {
+  if (op.bits == 32) {
+    kernels.plain(op, 0, op.n);
+  } else if (op.rows <= kernels.max_direct_rows) {
+    float* packed = scratch(op.rows * op.k);
+    kernels.pack(op, packed);
+    kernels.direct(op, packed, 0, op.n);
+  } else {
+    const std::int64_t columns =
+        (op.n + LinearKernels::kColumns - 1) / LinearKernels::kColumns * LinearKernels::kColumns;
+    kernels.panel(op, scratch(columns * op.k), 0, op.n);
+  }
+}
+
 void quantized_linear(const QuantizedLinear& op, ThreadPool& pool, const LinearKernels& kernels) {
   if (op.rows == 0 || op.n == 0) {
     return;
@@ -81,7 +99,7 @@ void quantized_linear(const QuantizedLinear& op, ThreadPool& pool, const LinearK
     for_each_tile(op.n, columns, pool,
                   [&](std::int64_t begin, std::int64_t end) { kernels.direct(op, packed, begin, end); });
   } else {
-    const std::int64_t columns = tile_columns(kPanelBytes, op.k * sizeof(float), op.n, threads);
+    const std::int64_t columns = panel_columns(op.n, op.k, threads);
     for_each_tile(op.n, columns, pool, [&](std::int64_t begin, std::int64_t end) {
       kernels.panel(op, scratch(columns * op.k), begin, end);
     });

@@ -18,7 +18,8 @@ struct QuantizedLinear {
   float* y;                    // [rows, n]
   std::int64_t rows, n, k;
   int group_size;  // 32, 64 or 128
-  int bits;        // 4 or 8
+  int bits;        // 4 or 8; 32: weight holds floats, there are no scales and biases, k is a multiple of 32
+  const std::int32_t* x_rows = nullptr;  // [rows]: row r of y is made of row x_rows[r] of x, or of row r if null
 };
 
 // One instruction set's kernels. Each computes columns [n_begin, n_end) of y for all rows. Within one instruction set
@@ -32,12 +33,20 @@ struct LinearKernels {
   void (*direct)(const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end);
   // Many rows: dequantizes the columns once, into panel [n_end - n_begin rounded up to kColumns, k].
   void (*panel)(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end);
+  // bits of 32.
+  void (*plain)(const QuantizedLinear& op, std::int64_t n_begin, std::int64_t n_end);
 
   static constexpr int kColumns = 4;  // of y, computed side by side
 };
 
 // The kernels that this processor can run, best first.
 std::span<const LinearKernels* const> linear_kernels();
+
+// Columns of weights [n, k] for a thread's turn: their dequantized form stays in its L2 cache.
+std::int64_t panel_columns(std::int64_t n, std::int64_t k, int num_threads);
+
+// On the calling thread alone: n should be at most panel_columns.
+void quantized_linear_tile(const QuantizedLinear& op, const LinearKernels& kernels);
 
 void quantized_linear(const QuantizedLinear& op, ThreadPool& pool, const LinearKernels& kernels = *linear_kernels()[0]);
 

@@ -42,6 +42,11 @@ struct WeightRows {
 };
 
 template <typename Simd>
+inline const float* x_row(const QuantizedLinear& op, std::int64_t row) {
+  return op.x + (op.x_rows == nullptr ? row : op.x_rows[row]) * op.k;
+}
+
+template <typename Simd>
 inline void zero_sums(typename Simd::Vec* sums, int count) {
   for (int i = 0; i < count; ++i) {
     sums[i] = Simd::zero();
@@ -132,7 +137,10 @@ template <typename Simd, int kRows>
 void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stride, std::int64_t row, std::int64_t n,
                 std::int64_t columns) {
   using Vec = typename Simd::Vec;
-  const float* x = op.x + row * op.k;
+  const float* x[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = x_row<Simd>(op, row + r);
+  }
   Vec sums[kRows][kColumns];
   zero_sums<Simd>(&sums[0][0], kRows * kColumns);
   for (std::int64_t k = 0; k < op.k; k += Simd::kLanes) {
@@ -141,7 +149,7 @@ void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stri
       w[c] = Simd::load(panel + c * stride + k);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Vec x_r = Simd::load(x + r * op.k + k);
+      const Vec x_r = Simd::load(x[r] + k);
       for (int c = 0; c < kColumns; ++c) {
         sums[r][c] = Simd::fma(w[c], x_r, sums[r][c]);
       }
@@ -171,11 +179,8 @@ void panel_rows(const QuantizedLinear& op, const float* panel, std::int64_t row,
   }
 }
 
-template <typename Simd, int kBits>
-void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end) {
-  for (std::int64_t n = n_begin; n < n_end; ++n) {
-    dequantize_row<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
-  }
+template <typename Simd>
+void multiply(const QuantizedLinear& op, const float* panel, std::int64_t n_begin, std::int64_t n_end) {
   // As few tiles as possible, of equal height: a low one does little with the weights that it loads.
   std::int64_t row = 0;
   for (std::int64_t tiles = (op.rows + Simd::kPanelRows - 1) / Simd::kPanelRows; tiles > 0; --tiles) {
@@ -183,6 +188,14 @@ void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64
     panel_rows<Simd, Simd::kPanelRows>(op, panel, row, rows, n_begin, n_end);
     row += rows;
   }
+}
+
+template <typename Simd, int kBits>
+void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end) {
+  for (std::int64_t n = n_begin; n < n_end; ++n) {
+    dequantize_row<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
+  }
+  multiply<Simd>(op, panel, n_begin, n_end);
 }
 
 template <typename Simd, int kBits, int kRows = 1>
@@ -209,9 +222,12 @@ constexpr LinearKernels make_linear_kernels(const char* name) {
       .max_direct_rows = Simd::kDirectRows,
       .pack =
           [](const QuantizedLinear& op, float* packed) {
-            for (std::int64_t i = 0; i < op.rows * op.k; i += kBlock) {
-              op.bits == 4 ? Simd::template Format<4>::pack(op.x + i, packed + i)
-                           : Simd::template Format<8>::pack(op.x + i, packed + i);
+            for (std::int64_t row = 0; row < op.rows; ++row, packed += op.k) {
+              const float* x = x_row<Simd>(op, row);
+              for (std::int64_t i = 0; i < op.k; i += kBlock) {
+                op.bits == 4 ? Simd::template Format<4>::pack(x + i, packed + i)
+                             : Simd::template Format<8>::pack(x + i, packed + i);
+              }
             }
           },
       .direct =
@@ -222,6 +238,10 @@ constexpr LinearKernels make_linear_kernels(const char* name) {
           [](const QuantizedLinear& op, float* scratch, std::int64_t n_begin, std::int64_t n_end) {
             op.bits == 4 ? dequantize_and_multiply<Simd, 4>(op, scratch, n_begin, n_end)
                          : dequantize_and_multiply<Simd, 8>(op, scratch, n_begin, n_end);
+          },
+      .plain =
+          [](const QuantizedLinear& op, std::int64_t n_begin, std::int64_t n_end) {
+            multiply<Simd>(op, reinterpret_cast<const float*>(op.weight) + n_begin * op.k, n_begin, n_end);
           },
   };
 }

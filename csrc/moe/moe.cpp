@@ -1,8 +1,19 @@
 #include "moe/moe.h"
 
+#include <array>
+#include <initializer_list>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
+#include <mlx/primitives.h>
 
 #include "common/op_error.h"
+#include "common/row_contiguous.h"
+#include "moe/moe_cpu.h"
 
 namespace mlx_server {
 
@@ -14,6 +25,125 @@ constexpr const char* kRoute = "route";
 constexpr const char* kMlp = "moe_mlp";
 
 bool is_floating(const mx::array& a) { return mx::issubdtype(a.dtype(), mx::floating); }
+
+std::vector<mx::array> without_gaps(const std::vector<mx::array>& inputs, mx::Stream s) {
+  std::vector<mx::array> arrays;
+  for (const mx::array& input : inputs) {
+    arrays.push_back(row_contiguous(input, s));
+  }
+  return arrays;
+}
+
+// logits [T, E] float32  ->  experts int32, weights float32 [T, top_k]
+class RoutePrimitive : public mx::Primitive {
+ public:
+  RoutePrimitive(mx::Stream stream, Scoring scoring, bool normalize)
+      : Primitive(stream), scoring_(scoring), normalize_(normalize) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const mx::array logits = row_contiguous(inputs[0], stream());
+    for (mx::array& output : outputs) {
+      output.set_data(mx::allocator::malloc(output.nbytes()));
+    }
+    const Route op{.logits = logits.data<float>(),
+                   .experts = outputs[0].data<std::int32_t>(),
+                   .weights = outputs[1].data<float>(),
+                   .tokens = logits.shape(0),
+                   .num_experts = logits.shape(1),
+                   .top_k = outputs[0].shape(1),
+                   .softmax = scoring_ == Scoring::kSoftmax,
+                   .normalize = normalize_};
+    mx::cpu::get_command_encoder(stream()).dispatch([op] { route(op, ThreadPool::shared()); });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    op_error(kRoute, "the primitive must run on a CPU stream but got a GPU stream");
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const RoutePrimitive&>(other);
+    return scoring_ == o.scoring_ && normalize_ == o.normalize_;
+  }
+
+  DEFINE_NAME(Route)
+
+ private:
+  Scoring scoring_;
+  bool normalize_;
+};
+
+// How the arrays of an ExpertMatrix are stored; group_size 0 and bits 32 if plain.
+struct Form {
+  int group_size, bits;
+  bool operator==(const Form&) const = default;
+};
+
+Form form(const ExpertMatrix& matrix) { return matrix.scales ? Form{matrix.group_size, matrix.bits} : Form{0, 32}; }
+
+bool has_kernel(const ExpertMatrix& matrix, int k) {
+  if (!matrix.scales) {
+    return matrix.weight.dtype() == mx::float32 && k > 0 && k % 32 == 0;
+  }
+  return matrix.mode == "affine" && (matrix.bits == 4 || matrix.bits == 8) &&
+         (matrix.group_size == 32 || matrix.group_size == 64 || matrix.group_size == 128) && k > 0 &&
+         matrix.scales->dtype() == mx::float32 && matrix.biases->dtype() == mx::float32;
+}
+
+// x float32, experts, weights, the arrays of gate, up and down, and perhaps shared float32  ->  [T, D] float32
+class MoeMlpPrimitive : public mx::UnaryPrimitive {
+ public:
+  MoeMlpPrimitive(mx::Stream stream, const std::array<Form, 3>& forms) : UnaryPrimitive(stream), forms_(forms) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    const std::vector<mx::array> in = without_gaps(inputs, stream());
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    std::size_t next = 3;
+    std::array<ExpertWeights, 3> matrices;
+    const std::int64_t d = out.shape(1), n = in[3].shape(1), num_experts = in[3].shape(0);
+    for (std::size_t i = 0; i < matrices.size(); ++i) {
+      const Form form = forms_[i];
+      const bool quantized = form.bits != 32;
+      matrices[i] = {.weight = in[next].data<std::uint8_t>(),
+                     .scales = quantized ? in[next + 1].data<float>() : nullptr,
+                     .biases = quantized ? in[next + 2].data<float>() : nullptr,
+                     .n = i == 2 ? d : n,
+                     .k = i == 2 ? n : d,
+                     .group_size = form.group_size,
+                     .bits = form.bits};
+      next += quantized ? 3 : 1;
+    }
+    mx::array hidden({static_cast<int>(in[1].size()), static_cast<int>(n)}, mx::float32, nullptr, {});
+    hidden.set_data(mx::allocator::malloc(hidden.nbytes()));
+    const MoeMlp op{.x = in[0].data<float>(),
+                    .experts = in[1].data<std::int32_t>(),
+                    .weights = in[2].data<float>(),
+                    .gate = matrices[0],
+                    .up = matrices[1],
+                    .down = matrices[2],
+                    .shared = next < in.size() ? in[next].data<float>() : nullptr,
+                    .hidden = hidden.data<float>(),
+                    .y = out.data<float>(),
+                    .tokens = in[1].shape(0),
+                    .top_k = in[1].shape(1),
+                    .num_experts = num_experts};
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.add_temporary(hidden);
+    encoder.dispatch([op] { moe_mlp(op, ThreadPool::shared()); });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    op_error(kMlp, "the primitive must run on a CPU stream but got a GPU stream");
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return forms_ == static_cast<const MoeMlpPrimitive&>(other).forms_;
+  }
+
+  DEFINE_NAME(MoeMlp)
+
+ private:
+  std::array<Form, 3> forms_;  // of gate, up and down
+};
 
 // Throws unless the matrices are [num_experts, n, k].
 void check_matrix(const char* name, const ExpertMatrix& matrix, int num_experts, int n, int k) {
@@ -72,7 +202,15 @@ std::pair<mx::array, mx::array> route(const mx::array& logits, int top_k, Scorin
   if (top_k < 1 || top_k > logits.shape(1)) {
     op_error(kRoute, "top_k must be in 1..", logits.shape(1), " but got ", top_k);
   }
-  return route_fallback(logits, top_k, scoring, normalize, s);
+  const mx::Stream stream = mx::to_stream(s);
+  if (stream.device != mx::Device::cpu) {
+    return route_fallback(logits, top_k, scoring, normalize, stream);
+  }
+  const mx::Shape shape{logits.shape(0), top_k};
+  const auto outputs = mx::array::make_arrays({shape, shape}, {mx::int32, mx::float32},
+                                              std::make_shared<RoutePrimitive>(stream, scoring, normalize),
+                                              {mx::astype(logits, mx::float32, stream)});
+  return {outputs[0], outputs[1]};
 }
 
 mx::array moe_mlp(const mx::array& x, const mx::array& experts, const mx::array& weights, const ExpertMatrix& gate,
@@ -86,7 +224,23 @@ mx::array moe_mlp(const mx::array& x, const mx::array& experts, const mx::array&
   check_matrix("gate", gate, num_experts, n, d);
   check_matrix("up", up, num_experts, n, d);
   check_matrix("down", down, num_experts, d, n);
-  return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
+  const mx::Stream stream = mx::to_stream(s);
+  if (stream.device != mx::Device::cpu || !has_kernel(gate, d) || !has_kernel(up, d) || !has_kernel(down, n)) {
+    return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, stream);
+  }
+  std::vector<mx::array> inputs{mx::astype(x, mx::float32, stream), experts, weights};
+  for (const ExpertMatrix* matrix : {&gate, &up, &down}) {
+    inputs.push_back(matrix->weight);
+    if (matrix->scales) {
+      inputs.insert(inputs.end(), {*matrix->scales, *matrix->biases});
+    }
+  }
+  if (shared) {
+    inputs.push_back(mx::astype(*shared, mx::float32, stream));
+  }
+  const std::array<Form, 3> forms{form(gate), form(up), form(down)};
+  const mx::array y(x.shape(), mx::float32, std::make_shared<MoeMlpPrimitive>(stream, forms), std::move(inputs));
+  return mx::astype(y, x.dtype(), stream);
 }
 
 }  // namespace mlx_server
