@@ -105,6 +105,36 @@ TEST(a_row_does_not_depend_on_the_rows_beside_it) {
   }
 }
 
+TEST(a_tile_gathers_rows_of_x) {
+  for (const LinearKernels* kernels : mlx_server::linear_kernels()) {
+    for (const std::int64_t rows : {1, 3, 20}) {
+      ThreadPool pool(1);
+      const Problem problem(9, 37, 128, 64, 4);
+      std::vector<std::int32_t> x_rows(static_cast<std::size_t>(rows));
+      for (std::size_t i = 0; i < x_rows.size(); ++i) {
+        x_rows[i] = static_cast<std::int32_t>(i * 5 % 9);
+      }
+      std::vector<float> y(static_cast<std::size_t>(rows * problem.n));
+      const QuantizedLinear op{problem.x.data(),
+                               problem.weight.data(),
+                               problem.scales.data(),
+                               problem.biases.data(),
+                               y.data(),
+                               rows,
+                               problem.n,
+                               problem.k,
+                               64,
+                               4,
+                               x_rows.data()};
+      mlx_server::quantized_linear_tile(op, *kernels);
+      const std::vector<float> all = problem.solve(*kernels, pool, 0, problem.rows);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        CHECK(std::memcmp(&y[row * problem.n], &all[x_rows[row] * problem.n], problem.n * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
 TEST(nothing_to_compute) {
   ThreadPool pool(2);
   for (const LinearKernels* kernels : mlx_server::linear_kernels()) {
