@@ -1,0 +1,123 @@
+"""Models of random shapes against transformers, so that nothing is tuned to the fixtures of parity/."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mlx_server.models.loader import load_model
+from models.dense_kv import DenseKV, prompt_logits, step
+
+TOLERANCE = 1e-4
+NUM_TOKENS = 60
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# model_type -> what is varied; each case takes one value of each
+CHOICES: dict[str, dict[str, list[Any]]] = {
+    "llama": {
+        "attention_bias": [False, True],
+        "mlp_bias": [False, True],
+        "rope_parameters": [
+            {"rope_type": "default", "rope_theta": 500.0},
+            {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+            {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+            {"rope_theta": 10000.0, "original_max_position_embeddings": 32, **LLAMA3},
+            {"rope_theta": 10000.0, **YARN},
+            {"rope_theta": 500.0, **YARN, "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0},
+            {"rope_theta": 10000.0, **YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+        ],
+    },
+    "mistral": {"sliding_window": [None, 1, 7, 30, 100]},
+    "qwen2": {
+        "use_sliding_window": [False, True],
+        "sliding_window": [9, 20],
+        "max_window_layers": [0, 1, 3],
+        "rope_parameters": [{"rope_type": "default", "rope_theta": 1e6}, {"rope_theta": 1e4, **YARN}],
+    },
+    "qwen3": {
+        "attention_bias": [False, True],
+        "use_sliding_window": [False, True],
+        "sliding_window": [9, 20],
+        "max_window_layers": [0, 2],
+    },
+    "gemma3_text": {
+        "attention_bias": [False, True],
+        "sliding_window": [5, 24],
+        "sliding_window_pattern": [2, 3],
+        "query_pre_attn_scalar": [8, 40],
+        "rope_parameters": [
+            {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        ],
+    },
+}
+CASES = [(model_type, seed) for model_type in CHOICES for seed in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def random_config(model_type: str, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng([seed, *model_type.encode()])
+    num_kv_heads = int(rng.choice([1, 2, 3]))
+    num_heads = num_kv_heads * int(rng.choice([1, 2, 4]))
+    choices = {name: values[int(rng.integers(len(values)))] for name, values in CHOICES[model_type].items()}
+    if "rope_parameters" in choices:  # each of them once
+        values = CHOICES[model_type]["rope_parameters"]
+        choices["rope_parameters"] = values[seed % len(values)]
+    return {
+        "hidden_size": num_heads * int(rng.choice([6, 16, 20])),
+        "head_dim": int(rng.choice([10, 16, 24])),
+        "intermediate_size": int(rng.integers(20, 90)),
+        "num_hidden_layers": int(rng.integers(1, 5)),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "vocab_size": int(rng.integers(50, 200)),
+        "max_position_embeddings": 64,
+        "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-3])),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **choices,
+    }
+
+
+def transformers_model(model_type: str, config: dict[str, Any], seed: int) -> Any:
+    """float32, weights random and of a size that keeps logits moderate."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **config), attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        scale = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        mean = 1.0 if "norm" in name and model_type != "gemma3_text" else 0.0
+        parameter.data = mean + scale * noise
+    return model
+
+
+@pytest.mark.parametrize("model_type, seed", CASES)
+def test_agrees_with_transformers(model_type, seed, tmp_path):
+    config = random_config(model_type, seed)
+    reference = transformers_model(model_type, config, seed)
+    reference.save_pretrained(tmp_path)
+    token_ids = np.random.default_rng(seed).integers(3, config["vocab_size"], NUM_TOKENS).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([token_ids]), use_cache=False).logits[0].numpy()
+    model = load_model(str(tmp_path))
+    np.testing.assert_allclose(prompt_logits(model, token_ids), expected, 0, TOLERANCE)
+    kv = DenseKV()
+    chunks = [step(model, kv, {"": token_ids[begin : begin + 13]})[""] for begin in range(0, NUM_TOKENS, 13)]
+    np.testing.assert_allclose(np.concatenate(chunks), expected, 0, TOLERANCE)
