@@ -173,7 +173,7 @@ class ByteTokenizer:
 class PlainTemplate:
     """`role: content` lines."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, template_kwargs: Mapping[str, Any]) -> str:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 

@@ -16,7 +16,7 @@ OWNERS = {
     "mlx_server._ext": ("ops",),
     "falcon": ("api",),
     "gunicorn": ("api/server.py",),
-    "jinja2": ("chat/template.py",),
+    "jinja2": ("chat/sandbox.py",),
     "tokenizers": ("chat",),
     "huggingface_hub": ("checkpoint/hub.py",),
     "pickle": (),
@@ -80,9 +80,9 @@ def test_processes_load_only_what_is_theirs(module: str, absent: str) -> None:
 
 
 def test_templates_are_rendered_in_the_immutable_sandbox_only() -> None:
-    tree = ast.parse((PACKAGE / "chat/template.py").read_text())
+    tree = ast.parse((PACKAGE / "chat/sandbox.py").read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    imported = {name.rpartition(".")[2] for name in imports(PACKAGE / "chat/template.py")}
+    imported = {name.rpartition(".")[2] for name in imports(PACKAGE / "chat/sandbox.py")}
     environments = {name for name in attributes | imported if name.endswith("Environment")}
     assert environments == {"ImmutableSandboxedEnvironment"}
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from mlx_server.chat import template as template_module
+from mlx_server.chat import sandbox
 from mlx_server.chat.template import ChatTemplate
 from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.errors import InvalidRequestError, ModelLoadError
@@ -61,7 +61,7 @@ def test_dates():
 def test_tools_and_other_variables():
     template = ChatTemplate(CONTENTS + "{% if tools is defined %} {{ tools[0].name }}{% endif %} {{ enable_thinking }}")
     assert template.render(HI) == "hi "
-    assert template.render(HI, tools=[{"name": "f"}], enable_thinking=False) == "hi f False"
+    assert template.render(HI, tools=[{"name": "f"}], template_kwargs={"enable_thinking": False}) == "hi f False"
 
 
 # --- Forms of content ---
@@ -181,8 +181,8 @@ def test_the_sandbox_holds(payload):
     ],
 )
 def test_a_template_that_runs_away_is_stopped(source, fault, monkeypatch):
-    monkeypatch.setattr(template_module, "MAX_RENDER_S", 0.05)
-    monkeypatch.setattr(template_module, "MAX_OUTPUT_CHARS", 1 << 16)
+    monkeypatch.setattr(sandbox, "MAX_RENDER_S", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 1 << 16)
     with pytest.raises(ModelLoadError, match=fault):
         ChatTemplate(source + CONTENTS)
 
@@ -206,7 +206,7 @@ def test_threads_render_side_by_side():
 @pytest.mark.model
 def test_the_demo_models_template(demo_gguf):
     tokenizer = Tokenizer.load(demo_gguf)
-    assert ChatTemplate(tokenizer.chat_template, escape=tokenizer.escape).render(HI) == (
+    assert ChatTemplate(tokenizer.templates.default, escape=tokenizer.escape).render(HI) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n"
         "<|im_start|>assistant\n"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from mlx_server.chat.template_source import TemplateSource
 from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.errors import InvalidRequestError, ModelLoadError
 
@@ -116,7 +117,7 @@ def test_loads_a_directory(directory):
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.end_token_ids == [1, 2, 3, 256]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|user|>", "<|end|>")
-    assert tokenizer.chat_template is None
+    assert tokenizer.templates == TemplateSource()
     assert tokenizer.decode(tokenizer.encode("Grüße 👍")) == "Grüße 👍"
 
 
@@ -144,15 +145,23 @@ def test_added_tokens_without_an_embedding_are_refused_in_texts(directory):
 
 
 def test_chat_templates_in_order_of_precedence(directory):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "of a list"}]
+    def templates() -> tuple[str | None, str | None]:
+        return Tokenizer.load(directory).templates
+
+    named = [{"name": name, "template": f"{name} of a list"} for name in ("rag", "tool_use", "default")]
     write(directory / "tokenizer_config.json", {"chat_template": named})
-    assert Tokenizer.load(directory).chat_template == "of a list"
+    assert templates() == ("default of a list", "tool_use of a list")
+    write(directory / "tokenizer_config.json", {"chat_template": named[:2]})
+    assert templates() == (None, "tool_use of a list")
     write(directory / "tokenizer_config.json", {"chat_template": "of the config"})
-    assert Tokenizer.load(directory).chat_template == "of the config"
+    assert templates() == ("of the config", None)
     write(directory / "chat_template.json", {"chat_template": "of its own"})
-    assert Tokenizer.load(directory).chat_template == "of its own"
+    assert templates() == ("of its own", None)
     (directory / "chat_template.jinja").write_text("of its own, in Jinja")
-    assert Tokenizer.load(directory).chat_template == "of its own, in Jinja"
+    assert templates() == ("of its own, in Jinja", None)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("of its own, for tools")
+    assert templates() == ("of its own, in Jinja", "of its own, for tools")
 
 
 def vocab_of(directory: Path, change: dict[str, int]) -> None:
@@ -178,6 +187,8 @@ def vocab_of(directory: Path, change: dict[str, int]) -> None:
         ("config.json", b'{"vocab_size": 300, "eos_token_id": 300}', "token id 300 is outside"),
         ("tokenizer_config.json", b'{"eos_token": 7}', "eos_token must be a string"),
         ("tokenizer_config.json", b'{"chat_template": 7}', "chat_template must be a string"),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}', "chat_template must be a string or a list"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "chat_template must be"),
         ("chat_template.jinja", b"\xff", "can't be read as text"),
         ("chat_template.jinja", b" " * (1 << 20 | 1), "larger than 1 MB"),
     ],
@@ -214,4 +225,4 @@ def test_loads_the_demo_model(demo_gguf):
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.end_token_ids) == ("<|im_start|>", "<|im_end|>", [2])
     assert tokenizer.encode_chat("<|im_start|>user\n") == [1, 4093, 198]
     assert tokenizer.encode("hi", add_special_tokens=True) == tokenizer.encode("hi")
-    assert tokenizer.chat_template is not None
+    assert tokenizer.templates.default is not None

@@ -28,7 +28,7 @@ class Generation:
     def __init__(self, model: ServedModel, engine: EngineClient, request: ChatRequest, timeout_s: float) -> None:
         self._deadline = time.monotonic() + timeout_s
         info = engine.info()
-        prompt = model.template.render(msgspec.to_builtins(request.messages))
+        prompt = model.template.render(msgspec.to_builtins(request.messages), template_kwargs=request.template_kwargs)
         prompt_token_ids = _tokenize(prompt, model.tokenizer, info)
         self._num_prompt_tokens = len(prompt_token_ids)
         self._num_output_tokens = 0

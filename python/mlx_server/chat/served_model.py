@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_server.chat import template, tokenizer
+from mlx_server.chat.types import Scalar
 from mlx_server.checkpoint.model_config import GenerationDefaults, generation_defaults
 from mlx_server.config import ResolvedModel
 from mlx_server.sampling_params import SamplingParams
@@ -28,7 +29,7 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, template_kwargs: Mapping[str, Scalar]) -> str:
         """The prompt for the assistant's next turn. InvalidRequestError if the template refuses the messages."""
 
 
@@ -46,7 +47,11 @@ def load_served_model(model: ResolvedModel) -> ServedModel:
     path = Path(model.path)
     loaded = tokenizer.Tokenizer.load(path)
     chat_template = template.ChatTemplate(
-        loaded.chat_template, bos_token=loaded.bos_token, eos_token=loaded.eos_token, escape=loaded.escape
+        loaded.templates.default,
+        tool_source=loaded.templates.tool_use,
+        bos_token=loaded.bos_token,
+        eos_token=loaded.eos_token,
+        escape=loaded.escape,
     )
     return ServedModel(
         model.name, loaded, chat_template, loaded.end_token_ids, _default_sampling(generation_defaults(path))

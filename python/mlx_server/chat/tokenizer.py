@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
+from mlx_server.chat.template_source import TemplateSource, templates_of_directory, templates_of_gguf
 from mlx_server.checkpoint.gguf import read_gguf
-from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional_json
+from mlx_server.checkpoint.json_file import JsonObject, read_optional_json
 from mlx_server.checkpoint.model_config import (
     config_from_gguf,
     generation_defaults,
@@ -21,19 +22,23 @@ from mlx_server.checkpoint.model_config import (
 from mlx_server.errors import InvalidRequestError, ModelLoadError
 
 MAX_TOKENIZER_BYTES = 128 << 20
-MAX_TEMPLATE_BYTES = 1 << 20
+
+# Ends of an assistant's turn that templates write; not every model's config names its own.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+_NO_TEMPLATES = TemplateSource()
 
 # An escaped special token is its number between two code points that Unicode reserves for use inside a program.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPED = re.compile(f"{_OPEN}([0-9]{{1,6}}){_CLOSE}")
+_BEFORE = "\n"  # merges with hardly anything
 
 
 class Tokenizer:
     """A tokenizer. Never changed once it is loaded, so all threads of a process share one.
 
     Attributes:
-        end_token_ids: what ends an answer, by the model's configs and its tokenizer.
-        chat_template: the source of the model's chat template, None if it has none.
+        end_token_ids: what ends an answer, by the model's configs, its tokenizer and its chat template.
+        templates: sources of the model's chat templates.
         bos_token, eos_token: as text, for the chat template.
 
     Args:
@@ -46,18 +51,20 @@ class Tokenizer:
         tokenizer: tokenizers.Tokenizer,
         *,
         end_token_ids: Sequence[int] = (),
-        chat_template: str | None = None,
+        templates: TemplateSource = _NO_TEMPLATES,
         bos_token: str | None = None,
         eos_token: str | None = None,
         num_embeddings: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.templates = templates
         self.bos_token = bos_token
         self.eos_token = eos_token
         self._num_embeddings = sys.maxsize if num_embeddings is None else num_embeddings
-        eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
-        self.end_token_ids = sorted({*end_token_ids, *([] if eos_token_id is None else [eos_token_id])})
+        ends = [token for token in _TURN_ENDS if token in (templates.default or "")]
+        ids = {tokenizer.token_to_id(token) for token in [*ends, *([] if eos_token is None else [eos_token])]}
+        reachable = {token_id for token_id in ids if token_id is not None and token_id < self._num_embeddings}
+        self.end_token_ids = sorted({*end_token_ids, *reachable})
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._escapable = [*sorted(special, key=len, reverse=True), _OPEN, _CLOSE]
         self._escape_index = {text: i for i, text in enumerate(self._escapable)}
@@ -84,19 +91,25 @@ class Tokenizer:
 
         What `escape` made of users' texts becomes plain text again here.
         """
-        ids: list[int] = []
-        pieces = _ESCAPED.split(rendered)  # template, number, template, number … template
-        for i, piece in enumerate(pieces):
-            if i % 2 == 0:
-                ids += self.encode(piece)
+        first, *rest = _ESCAPED.split(rendered)  # template, number, template, number … template
+        ids = self.encode(first)
+        for i, piece in enumerate(rest):
+            if i % 2 == 1:
+                ids += self._encode_inside(piece)
             elif int(piece) < len(self._escapable):
                 # No special token is one character long, so one by one they can't become one.
-                ids += [token_id for char in self._escapable[int(piece)] for token_id in self.encode(char)]
+                ids += [token_id for char in self._escapable[int(piece)] for token_id in self._encode_inside(char)]
         return ids
 
     def escape(self, text: str) -> str:
         """`text` for use in a chat template: special tokens that a user spells out stay text in `encode_chat`."""
         return self._escape_pattern.sub(lambda match: f"{_OPEN}{self._escape_index[match[0]]}{_CLOSE}", text)
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that is not the first: without the space that SentencePiece puts before a first one."""
+        before = self._tokenizer.encode(_BEFORE, add_special_tokens=False).ids
+        ids = self.encode(_BEFORE + text)
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -143,15 +156,12 @@ class TextStream:
 
 def _load_gguf(path: Path) -> Tokenizer:
     gguf = read_gguf(path)
-    template = gguf.get("tokenizer.chat_template", str)
-    if template is not None and len(template) > MAX_TEMPLATE_BYTES:
-        raise ModelLoadError(f"{path}: the chat template is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
     tokenizer = tokenizer_from_gguf(gguf)
     end_token_ids = gguf_end_token_ids(gguf)
     return Tokenizer(
         tokenizer,
         end_token_ids=end_token_ids,
-        chat_template=template,
+        templates=templates_of_gguf(gguf),
         bos_token=token_of(gguf, "bos"),
         eos_token=token_of(gguf, "eos"),
         num_embeddings=_check_ids(path, tokenizer, end_token_ids, config_from_gguf(gguf)),
@@ -167,7 +177,7 @@ def _load_directory(directory: Path) -> Tokenizer:
     return Tokenizer(
         tokenizer,
         end_token_ids=end_token_ids,
-        chat_template=_read_chat_template(directory, config),
+        templates=templates_of_directory(directory, config),
         bos_token=_token_text(config_path, config, "bos_token"),
         eos_token=_token_text(config_path, config, "eos_token"),
         num_embeddings=_check_ids(path, tokenizer, end_token_ids, load_config(directory)),
@@ -217,27 +227,3 @@ def _token_text(path: Path, config: JsonObject, key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ModelLoadError(f"{path}: {key} must be a string")
     return value
-
-
-def _read_chat_template(directory: Path, config: JsonObject) -> str | None:
-    """chat_template.jinja, else chat_template.json, else the one of tokenizer_config.json (of several: `default`)."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            if path.stat().st_size > MAX_TEMPLATE_BYTES:
-                raise ModelLoadError(f"{path} is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError):
-            raise ModelLoadError(f"{path} can't be read as text") from None
-    path = directory / "chat_template.json"
-    if path.exists():
-        template = read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template")
-    else:
-        path = directory / "tokenizer_config.json"
-        template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ModelLoadError(f"{path}: chat_template must be a string or a list of named strings")
-    return template

@@ -5,6 +5,8 @@ import msgspec
 from mlx_server.sampling_params import SamplingParams
 from mlx_server.wire import FinishReason
 
+Scalar = bool | int | float | str
+
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One turn of a conversation, as chat templates see it."""
@@ -20,6 +22,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     messages: list[ChatMessage]
     sampling: SamplingParams
     max_tokens: int  # >= 1; more than the context leaves room for is clipped
+    template_kwargs: dict[str, Scalar] = {}  # further variables of the chat template
     stop: list[str] = []  # generation ends before the first of these; none is empty
 
 

@@ -3,7 +3,7 @@
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import falcon
 import msgspec
@@ -26,7 +26,7 @@ from mlx_server.api.openai.types import (
 )
 from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, SseBody, frame, stream, wait_for_events
 from mlx_server.chat.generation import Generation
-from mlx_server.chat.types import ChatMessage, ChatRequest, Done, Event, TextDelta, Usage
+from mlx_server.chat.types import ChatMessage, ChatRequest, Done, Event, Scalar, TextDelta, Usage
 from mlx_server.errors import InvalidRequestError
 from mlx_server.sampling_params import SamplingParams
 
@@ -75,6 +75,7 @@ def to_chat_request(body: ChatCompletionRequest, defaults: SamplingParams, max_t
         messages=[_to_chat_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
         sampling=_to_sampling(body, defaults),
         max_tokens=body.max_completion_tokens or body.max_tokens or max_tokens,
+        template_kwargs=_to_template_kwargs(body.chat_template_kwargs or {}),
         stop=_to_stop(body.stop),
     )
 
@@ -122,6 +123,14 @@ def _to_sampling(body: ChatCompletionRequest, defaults: SamplingParams) -> Sampl
         min_p=defaults.min_p if body.min_p is None else body.min_p,
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
     )
+
+
+def _to_template_kwargs(kwargs: Mapping[str, Scalar | None]) -> dict[str, Scalar]:
+    """The variables that are given; null is as if it were absent, as everywhere."""
+    for name, value in kwargs.items():
+        if isinstance(value, str):
+            _refuse_nul(value, f"chat_template_kwargs.{name[:64]}")
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def _to_stop(stop: str | list[str] | None) -> list[str]:

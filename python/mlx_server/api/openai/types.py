@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from mlx_server.chat.types import Scalar
+
 _ABSENT = Raw(b"null")
 _INT64_MAX = 2**63 - 1
 
@@ -48,6 +50,8 @@ class ChatCompletionRequest(Struct):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # extension, as vLLM's
     seed: Annotated[int, Meta(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=64)] | None = None
+    # Extension, as vLLM's: variables of the model's chat template; names that it does not read are refused.
+    chat_template_kwargs: Annotated[dict[str, Scalar | None], Meta(max_length=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -70,7 +74,6 @@ class ChatCompletionRequest(Struct):
     stop_token_ids: Raw = _ABSENT
     min_tokens: Raw = _ABSENT
     ignore_eos: Raw = _ABSENT
-    chat_template_kwargs: Raw = _ABSENT
     add_generation_prompt: Raw = _ABSENT
     continue_final_message: Raw = _ABSENT
     return_token_ids: Raw = _ABSENT
@@ -97,7 +100,6 @@ _NO_EFFECT: dict[str, tuple[bytes, ...]] = {
     "stop_token_ids": (b"[]",),
     "min_tokens": (b"0",),
     "ignore_eos": (b"false",),
-    "chat_template_kwargs": (b"{}",),
     "add_generation_prompt": (b"true",),
     "continue_final_message": (b"false",),
     "return_token_ids": (b"false",),
