@@ -52,7 +52,6 @@ def test_config_of_a_gguf_file(tmp_path):
         "max_position_embeddings": 131072,
         "rms_norm_eps": 0.5,
         "rope_theta": 500000.0,
-        "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
@@ -126,7 +125,10 @@ def test_refuses_other_rope_factors(tmp_path, factors, fault):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported (supported: llama)"),
+        (
+            {"general.architecture": "mamba"},
+            "architecture 'mamba' is not supported (supported: gemma3, llama, qwen2, qwen3)",
+        ),
         ({"general.architecture": None}, "general.architecture is missing"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": "2"}, "llama.block_count must be int but is str"),

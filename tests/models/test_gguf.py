@@ -12,6 +12,7 @@ from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
 from models.checkpoints import CONFIG, random_weights
 from models.dense_kv import prompt_logits
+from models.gguf_names import LLAMA, gguf_name, interleave
 from reference.gguf_blocks import TYPES, dequantize, random_blocks
 from reference.llama import llama_logits
 
@@ -27,20 +28,6 @@ METADATA = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.context_length": 512,
     "llama.rope.freq_base": 10000.0,
-}
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 TOKEN_IDS = np.random.default_rng(0).integers(0, 64, 20).tolist()
 
@@ -99,20 +86,6 @@ def f32(matrix: Array) -> tuple[Array, Array]:
     return matrix, matrix
 
 
-def gguf_name(name: str) -> str:
-    """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight"""
-    layer, _, kind = name.rpartition(".")
-    if layer.startswith("model.layers."):
-        _, _, index, layer = layer.split(".", 3)
-        return f"blk.{index}.{NAMES[layer]}.{kind}"
-    return f"{NAMES[layer]}.{kind}"
-
-
-def interleave(rows: Array, num_heads: int) -> Array:
-    """As llama.cpp's conversion script does with q and k: the halves of each head's rows, alternating."""
-    return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def convert(config, encode) -> tuple[dict[str, Any], dict[str, Array]]:
     """Random weights as the tensors of a GGUF file, and the values that these stand for under transformers' names."""
     tensors, values = {}, {}
@@ -124,7 +97,7 @@ def convert(config, encode) -> tuple[dict[str, Any], dict[str, Array]]:
         tensor, value = encode(matrix) if matrix.ndim == 2 else f32(matrix)
         if num_heads is not None:
             value = value.reshape(num_heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-        tensors[gguf_name(name)], values[name] = tensor, value
+        tensors[gguf_name(name, LLAMA)], values[name] = tensor, value
     return tensors, values
 
 

@@ -11,7 +11,7 @@ from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional
 from mlx_server.errors import ModelLoadError
 
 # GGUF's general.architecture -> model_type
-GGUF_ARCHITECTURES = {"llama": "llama"}
+GGUF_ARCHITECTURES = {"gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 # What Meta trained every Llama 3.1, 3.2 and 3.3 with; GGUF keeps only the factors that follow from it.
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
@@ -103,12 +103,12 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
         "rms_norm_eps": gguf.require(f"{arch}.attention.layer_norm_rms_epsilon", float),
         "rope_theta": rope_theta,
         "rope_scaling": _rope_scaling(gguf, arch, rope_theta, head_dim),
-        "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in gguf.tensors,
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": gguf_end_token_ids(gguf),
+        **(_gemma3_fields(gguf, hidden_size // num_heads, head_dim) if arch == "gemma3" else {}),
     }
     return {key: value for key, value in config.items() if value is not None}
 
@@ -118,6 +118,20 @@ def gguf_end_token_ids(gguf: GGUF) -> list[int]:
     names = ("eos", "eot", "eom")  # end of sequence, of turn, of message
     ids = (gguf.get(f"tokenizer.ggml.{name}_token_id", int) for name in names)
     return sorted({token_id for token_id in ids if token_id is not None})
+
+
+def _gemma3_fields(gguf: GGUF, features_per_head: int, head_dim: int) -> JsonObject:
+    """What only Gemma 3 has. Where the file says nothing, llama.cpp's loader does: the values of Google's models."""
+    window = gguf.get("gemma3.attention.sliding_window", int) or None
+    pattern = gguf.get("gemma3.attention.sliding_window_pattern", int) or 6
+    is_27b = gguf.require("gemma3.block_count", int) == 62
+    return {
+        "sliding_window": window,
+        "sliding_window_pattern": 1 if window is None else pattern,  # 1: every layer sees all tokens
+        "rope_local_base_freq": gguf.get("gemma3.rope.freq_base_swa", float) or 10000.0,
+        "query_pre_attn_scalar": features_per_head if is_27b else head_dim,
+        "final_logit_softcapping": gguf.get("gemma3.final_logit_softcapping", float) or None,
+    }
 
 
 def _rope_scaling(gguf: GGUF, arch: str, theta: float, head_dim: int) -> JsonObject | None:

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files of the llama architecture, as an MLX checkpoint would hold them.
+"""Tensors of GGUF files, as an MLX checkpoint would hold them.
 
 Names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py
 """
@@ -30,6 +30,20 @@ _LAYERS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Architecture -> its names
+_NAMES = {
+    "llama": _LAYERS,
+    "qwen2": _LAYERS,
+    "qwen3": _LAYERS | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    "gemma3": _LAYERS
+    | {
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
 # The RoPE factors of Llama 3.1, which the configuration has as parameters
 _NO_WEIGHTS = "rope_freqs.weight"
 
@@ -39,6 +53,7 @@ def load_gguf_tensors(header: GGUF, head_dim: int) -> tuple[dict[str, mx.array],
 
     ModelLoadError names a tensor that is unknown, of a type that is not supported, or not what its type says.
     """
+    arch = header.require("general.architecture", str)
     tensors: dict[str, mx.array] = {}
     plan: dict[str, Quantization | None] = {}
     for name in header.tensors:
@@ -46,9 +61,11 @@ def load_gguf_tensors(header: GGUF, head_dim: int) -> tuple[dict[str, mx.array],
     for name, info in header.tensors.items():
         if name == _NO_WEIGHTS:
             continue
-        layer, kind = _layer_name(header, name), name.rpartition(".")[2]
+        layer, kind = _layer_name(header, arch, name), name.rpartition(".")[2]
         parts = _read(header, name)
-        if ".attn_q." in name or ".attn_k." in name:
+        if arch == "gemma3" and layer.endswith("norm"):
+            parts[""] = parts[""].astype(mx.float32) - 1  # the file has the weights that the model computes with
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
             rows = _half_split_rows(info.shape[0], head_dim, f"{header.path}: tensor {name}")
             parts = {suffix: part[rows] for suffix, part in parts.items()}
         if info.type in QUANTIZED_TYPES:
@@ -101,12 +118,12 @@ def _warn_if_inexact(header: GGUF) -> None:
             )
 
 
-def _layer_name(header: GGUF, tensor_name: str) -> str:
+def _layer_name(header: GGUF, arch: str, tensor_name: str) -> str:
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj"""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.\w+", tensor_name)
-    if match is None or match[2] not in _LAYERS:
-        raise ModelLoadError(f"{header.path}: tensor {tensor_name} is no part of a llama model")
-    layer = _LAYERS[match[2]]
+    if match is None or match[2] not in _NAMES[arch]:
+        raise ModelLoadError(f"{header.path}: tensor {tensor_name} is no part of a {arch} model")
+    layer = _NAMES[arch][match[2]]
     return layer if match[1] is None else f"model.layers.{match[1]}.{layer}"
 
 
