@@ -66,7 +66,8 @@ class WriteRowsPrimitive : public mx::UnaryPrimitive {
     const void* const buffer = pool.buffer().ptr();
     std::vector<mx::array> scatter_inputs = inputs, scatter_outputs;
     scatter_inputs[0] = mx::array(pool.shape(), pool.dtype(), nullptr, {});
-    scatter_outputs.emplace_back(pool.shape(), pool.dtype(), nullptr, std::vector<mx::array>{});
+    // With its primitive: the scatter asks its output for the stream.
+    scatter_outputs.emplace_back(pool.shape(), pool.dtype(), scatter_, std::vector<mx::array>{});
     bool in_place;
     {
       const LentMemory lent(pool, scatter_inputs[0]);
