@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_server.errors import ModelLoadError
-from mlx_server.models.base import KVSpec, StepContext
+from mlx_server.models.base import KVSpec, StateSpec, StepContext
 from mlx_server.models.config import DecoderArgs
 from mlx_server.models.quantize import Quantization
 from mlx_server.models.rope import RopeParameters
@@ -191,15 +191,23 @@ class Attention:
 class PreNormLayer:
     """Attention and feed-forward network, each of its input's norm and added to it: x [T, hidden_size] -> the same"""
 
-    def __init__(self, weights: Weights, args: DecoderArgs, self_attn: Attention, mlp: SwiGLU) -> None:
-        self.self_attn, self.mlp = self_attn, mlp
-        self.input_layernorm = RMSNorm(weights.at("input_layernorm"), args.hidden_size, args.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(
-            weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
+    def __init__(
+        self,
+        weights: Weights,
+        args: DecoderArgs,
+        attention: Callable[[mx.array, StepContext], mx.array],
+        mlp: Callable[[mx.array], mx.array],
+        *,
+        zero_centred: bool = False,
+    ) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(weights.at(name), args.hidden_size, args.rms_norm_eps, zero_centred=zero_centred)
+            for name in ("input_layernorm", "post_attention_layernorm")
         )
 
     def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), ctx)
+        x = x + self.attention(self.input_layernorm(x), ctx)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -225,7 +233,7 @@ class CausalLM:
         windows = [window for window in args.windows if window is not None]
         window = max(windows) if len(windows) == args.num_hidden_layers else None
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
-        self.state_spec = None
+        self.state_spec: StateSpec | None = None
         self.context_length = args.max_position_embeddings
         self.vocab_size = args.vocab_size
 

@@ -6,25 +6,27 @@ import mlx.core as mx
 import msgspec
 
 from mlx_server.errors import ModelLoadError
+from mlx_server.models.config import Count, DecoderArgs
 from mlx_server.models.layers import Linear
 from mlx_server.models.weights import Weights
 from mlx_server.ops.moe import ExpertMatrix, moe_mlp, route
 
-_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+_CountOrZero = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
-class MoEArgs(msgspec.Struct, frozen=True, kw_only=True):
+class MoEArgs(DecoderArgs, frozen=True, kw_only=True):
     """Names are those of transformers, which writes the number of experts under one of two."""
 
-    num_experts: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None = None
-    num_local_experts: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None = None
-    num_experts_per_tok: _Count
-    moe_intermediate_size: _Count
+    num_experts: _CountOrZero | None = None
+    num_local_experts: _CountOrZero | None = None
+    num_experts_per_tok: Count
+    moe_intermediate_size: Count
     norm_topk_prob: bool
-    decoder_sparse_step: _Count = 1
+    decoder_sparse_step: Count = 1
     mlp_only_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_experts is None and self.num_local_experts is None:
             raise ValueError("missing required field `num_experts`")
         if 0 < self.expert_count < self.num_experts_per_tok:
@@ -43,9 +45,9 @@ class MoEArgs(msgspec.Struct, frozen=True, kw_only=True):
 class SparseMoE:
     """x [T, features] -> the weighted sum of each token's best experts, plus `shared`. An expert is a SwiGLU."""
 
-    def __init__(self, args: MoEArgs, features: int, weights: Weights) -> None:
+    def __init__(self, weights: Weights, args: MoEArgs) -> None:
         self.top_k, self.normalize = args.num_experts_per_tok, args.norm_topk_prob
-        num_experts, hidden_features = args.expert_count, args.moe_intermediate_size
+        num_experts, features, hidden_features = args.expert_count, args.hidden_size, args.moe_intermediate_size
         self.gate = Linear(weights.at("gate"), features, num_experts)
         shapes = {
             "gate_proj": (num_experts, hidden_features, features),

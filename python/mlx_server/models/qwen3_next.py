@@ -8,16 +8,14 @@ import msgspec
 
 from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.models.base import KVSpec, StateSpec, StepContext
-from mlx_server.models.config import convert
-from mlx_server.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from mlx_server.models.config import Count, convert
+from mlx_server.models.layers import CausalLM, Linear, PreNormLayer, RMSNorm, Rope, SwiGLU
 from mlx_server.models.moe import MoEArgs, SparseMoE
 from mlx_server.models.rope import read_rope_parameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.norm import rms_norm
-from mlx_server.ops.rope import rope
 
-_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
@@ -28,34 +26,24 @@ class _RopeShare(msgspec.Struct, frozen=True):
 class Qwen3NextArgs(MoEArgs, frozen=True, kw_only=True):
     """The fields of config.json that are read; names and defaults are those of transformers' Qwen3NextConfig."""
 
-    hidden_size: _Count
-    intermediate_size: _Count
-    num_hidden_layers: _Count
-    num_attention_heads: _Count
-    num_key_value_heads: _Count
-    head_dim: _Count = 256
+    head_dim: Count = 256
     linear_conv_kernel_dim: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)] = 4
-    linear_key_head_dim: _Count = 128
-    linear_value_head_dim: _Count = 128
-    linear_num_key_heads: _Count = 16
-    linear_num_value_heads: _Count = 32
-    shared_expert_intermediate_size: _Count
+    linear_key_head_dim: Count = 128
+    linear_value_head_dim: Count = 128
+    linear_num_key_heads: Count = 16
+    linear_num_value_heads: Count = 32
+    shared_expert_intermediate_size: Count
     layer_types: tuple[Literal["linear_attention", "full_attention"], ...] | None = None
-    full_attention_interval: _Count = 4  # where there are no layer_types
+    full_attention_interval: Count = 4  # where there are no layer_types
     partial_rotary_factor: _Share = 0.25  # that of rope_parameters comes first
     rope_parameters: _RopeShare | None = None
-    vocab_size: _Count
-    max_position_embeddings: _Count = 32768
-    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-6
+    max_position_embeddings: Count = 32768
     norm_topk_prob: bool = True
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
-    tie_word_embeddings: bool | None = None  # False: there must be an lm_head; else there may be one
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_key_value_heads} key-value heads")
         if self.linear_num_value_heads % self.linear_num_key_heads:
             raise ValueError(
                 f"{self.linear_num_value_heads} value heads can't share {self.linear_num_key_heads} key heads"
@@ -76,7 +64,7 @@ class Qwen3NextArgs(MoEArgs, frozen=True, kw_only=True):
     @property
     def rotary_dim(self) -> int:
         share = self.rope_parameters and self.rope_parameters.partial_rotary_factor
-        return int(self.head_dim * (share or self.partial_rotary_factor))
+        return int(self.head_size * (share or self.partial_rotary_factor))
 
     @property
     def key_features(self) -> int:
@@ -110,7 +98,7 @@ class Form(msgspec.Struct, frozen=True):
 class GatedDeltaNet:
     """Letters: Hk, Hv key and value heads, Dk, Dv their sizes, C = 2 Hk Dk + Hv Dv channels of the convolution."""
 
-    def __init__(self, args: Qwen3NextArgs, layer: int, form: Form, weights: Weights) -> None:
+    def __init__(self, weights: Weights, args: Qwen3NextArgs, layer: int, form: Form) -> None:
         self.layer, self.eps = layer, args.rms_norm_eps
         self.num_key_heads, self.key_head_dim = args.linear_num_key_heads, args.linear_key_head_dim
         self.num_value_heads, self.value_head_dim = args.linear_num_value_heads, args.linear_value_head_dim
@@ -153,13 +141,12 @@ class GatedDeltaNet:
         )
 
 
-class Attention:
+class GatedAttention:
     """Attention whose output passes a gate, one number for each feature of each head."""
 
-    def __init__(self, args: Qwen3NextArgs, layer: int, freqs: mx.array, form: Form, weights: Weights) -> None:
-        self.layer, self.freqs = layer, freqs
-        self.head_dim = args.head_dim
-        q_features, kv_features = args.num_attention_heads * self.head_dim, args.num_key_value_heads * self.head_dim
+    def __init__(self, weights: Weights, args: Qwen3NextArgs, layer: int, rope: Rope, form: Form) -> None:
+        self.layer, self.head_dim, self.rope = layer, args.head_size, rope
+        q_features, kv_features = args.num_attention_heads * self.head_dim, args.num_kv_heads * self.head_dim
         bias = args.attention_bias
         self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, 2 * q_features, bias=bias)
         self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=bias)
@@ -173,8 +160,8 @@ class Attention:
         q, gate = mx.split(self.q_proj(x).reshape(num_tokens, -1, 2 * self.head_dim), 2, axis=-1)  # [T, H, D] each
         k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
         v = self.v_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
-        q = rope(self.q_norm(q), ctx.positions, self.freqs)
-        k = rope(self.k_norm(k), ctx.positions, self.freqs)
+        q = self.rope(self.q_norm(q), ctx.positions)
+        k = self.rope(self.k_norm(k), ctx.positions)
         y = ctx.attend(self.layer, q, k, v, scale=self.head_dim**-0.5)  # [T, H, D]
         return self.o_proj((y * mx.sigmoid(gate)).flatten(-2))
 
@@ -182,8 +169,8 @@ class Attention:
 class SharedExpertMoE:
     """A mixture of experts, and one expert that every token passes, weighted by a gate."""
 
-    def __init__(self, args: Qwen3NextArgs, weights: Weights) -> None:
-        self.experts = SparseMoE(args, args.hidden_size, weights)
+    def __init__(self, weights: Weights, args: Qwen3NextArgs) -> None:
+        self.experts = SparseMoE(weights, args)
         self.shared_expert = SwiGLU(weights.at("shared_expert"), args.hidden_size, args.shared_expert_intermediate_size)
         self.shared_expert_gate = Linear(weights.at("shared_expert_gate"), args.hidden_size, 1)
 
@@ -191,55 +178,37 @@ class SharedExpertMoE:
         return self.experts(x, shared=mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x))
 
 
-class DecoderLayer:
+def decoder_layer(
+    weights: Weights, args: Qwen3NextArgs, layer: int, index: int, rope: Rope, form: Form
+) -> PreNormLayer:
     """`index` counts the layers of this kind, recurrent or with attention."""
-
-    def __init__(
-        self, args: Qwen3NextArgs, layer: int, index: int, freqs: mx.array, form: Form, weights: Weights
-    ) -> None:
-        self.mixer = (
-            GatedDeltaNet(args, index, form, weights.at("linear_attn"))
-            if args.is_linear(layer)
-            else Attention(args, index, freqs, form, weights.at("self_attn"))
-        )
-        self.mlp = (
-            SharedExpertMoE(args, weights.at("mlp"))
-            if args.is_sparse(layer)
-            else SwiGLU(weights.at("mlp"), args.hidden_size, args.intermediate_size)
-        )
-        self.input_layernorm = form.norm(weights.at("input_layernorm"), args.hidden_size, args.rms_norm_eps)
-        self.post_attention_layernorm = form.norm(
-            weights.at("post_attention_layernorm"), args.hidden_size, args.rms_norm_eps
-        )
-
-    def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
-        x = x + self.mixer(self.input_layernorm(x), ctx)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    mlp = weights.at("mlp")
+    return PreNormLayer(
+        weights,
+        args,
+        GatedDeltaNet(weights.at("linear_attn"), args, index, form)
+        if args.is_linear(layer)
+        else GatedAttention(weights.at("self_attn"), args, index, rope, form),
+        SharedExpertMoE(mlp, args) if args.is_sparse(layer) else SwiGLU(mlp, args.hidden_size, args.intermediate_size),
+        zero_centred=form.from_transformers,
+    )
 
 
-class Qwen3Next:
-    """A `models.base.Model`."""
-
+class Qwen3Next(CausalLM):
     def __init__(self, config: JsonObject, weights: Weights) -> None:
         args = convert(config, Qwen3NextArgs, weights.source)
-        freqs = mx.array(read_rope_parameters(config, weights.source).freqs(args.rotary_dim), mx.float32)
-        weights.drop(suffix=".rotary_emb.inv_freq")
+        rope = Rope(read_rope_parameters(config, weights.source), args.head_size, args.rotary_dim)
         weights.drop(prefix="mtp.")  # a small model that drafts tokens
-
         model = weights.at("model")
         linear = [args.is_linear(layer) for layer in range(args.num_hidden_layers)]
         conv_shape = model.shape(f"layers.{linear.index(True)}.linear_attn.conv1d.weight")
         form = Form(from_transformers=conv_shape is not None and conv_shape[1:2] == (1,))
-        self.embed_tokens = Embedding(model.at("embed_tokens"), args.vocab_size, args.hidden_size)
-        self.layers = [
-            DecoderLayer(args, layer, linear[:layer].count(linear[layer]), freqs, form, model.at(f"layers.{layer}"))
+        layers = [
+            decoder_layer(model.at(f"layers.{layer}"), args, layer, linear[:layer].count(linear[layer]), rope, form)
             for layer in range(args.num_hidden_layers)
         ]
-        self.norm = form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps)
-        tied = not weights.has("lm_head.weight") and args.tie_word_embeddings is not False
-        self.lm_head = None if tied else Linear(weights.at("lm_head"), args.hidden_size, args.vocab_size)
-
-        self.kv_spec = KVSpec(linear.count(False), args.num_key_value_heads, args.head_dim, weights.dtype)
+        super().__init__(weights, args, layers, form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
+        self.kv_spec = KVSpec(linear.count(False), args.num_kv_heads, args.head_size, weights.dtype)
         self.state_spec = StateSpec(
             num_layers=linear.count(True),
             conv_kernel=args.linear_conv_kernel_dim,
@@ -249,15 +218,3 @@ class Qwen3Next:
             key_head_dim=args.linear_key_head_dim,
             dtype=weights.dtype,
         )
-        self.context_length = args.max_position_embeddings
-        self.vocab_size = args.vocab_size
-
-    def __call__(self, token_ids: mx.array, ctx: StepContext) -> mx.array:
-        x = self.embed_tokens(token_ids)  # [T, hidden_size]
-        for layer in self.layers:
-            x = layer(x, ctx)
-        return self.norm(x)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        head = self.lm_head or self.embed_tokens.as_linear
-        return head(hidden).astype(mx.float32)  # [R, V]
