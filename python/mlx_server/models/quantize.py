@@ -8,8 +8,8 @@ from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.config import convert
 
-_GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
-_BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
 
 class Quantization(msgspec.Struct, frozen=True):
@@ -20,12 +20,12 @@ class Quantization(msgspec.Struct, frozen=True):
     mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
 
     def __post_init__(self) -> None:
-        if self.group_size not in _GROUP_SIZES[self.mode]:
+        if self.group_size not in GROUP_SIZES[self.mode]:
             raise ValueError(
-                f"group_size of {self.mode} must be {_or(_GROUP_SIZES[self.mode])} but is {self.group_size}"
+                f"group_size of {self.mode} must be {_or(GROUP_SIZES[self.mode])} but is {self.group_size}"
             )
-        if self.bits not in _BITS[self.mode]:
-            raise ValueError(f"bits of {self.mode} must be {_or(_BITS[self.mode])} but is {self.bits}")
+        if self.bits not in BITS[self.mode]:
+            raise ValueError(f"bits of {self.mode} must be {_or(BITS[self.mode])} but is {self.bits}")
 
 
 class QuantizationPlan(msgspec.Struct, frozen=True):
