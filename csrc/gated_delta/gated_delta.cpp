@@ -1,13 +1,20 @@
 #include "gated_delta/gated_delta.h"
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
+#include <mlx/primitives.h>
 
 #include "common/op_error.h"
+#include "common/row_contiguous.h"
+#include "common/thread_pool.h"
 #include "common/write_rows.h"
+#include "gated_delta/gated_delta_cpu.h"
 #include "kernel_sources.h"
 #include "kernels/launch.h"
 
@@ -79,6 +86,80 @@ mx::array row_table(const GatedDeltaInputs& in) {
   return mx::array(table.data(), {static_cast<int>(in.query_lens.size()), 3}, mx::int32);
 }
 
+// inputs: the arrays of GatedDeltaInputs in their order. outputs: y, conv_state, state
+class GatedDeltaPrimitive : public mx::Primitive {
+ public:
+  GatedDeltaPrimitive(mx::Stream stream, const GatedDeltaInputs& in)
+      : Primitive(stream),
+        query_lens_(in.query_lens),
+        fresh_(in.fresh.begin(), in.fresh.end()),
+        num_key_heads_(in.num_key_heads) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    std::vector<mx::array> arrays;
+    for (const mx::array& input : inputs) {
+      arrays.push_back(row_contiguous(input, stream()));
+    }
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    outputs[1].copy_shared_buffer(arrays[6]);
+    outputs[2].copy_shared_buffer(arrays[7]);
+    mx::array mixed(arrays[0].shape(), mx::float32, nullptr, {});
+    mixed.set_data(mx::allocator::malloc(mixed.nbytes()));
+    encoder.add_temporary(mixed);
+    GatedDelta op{.qkv = arrays[0].data<float>(),
+                  .conv_weight = arrays[1].data<float>(),
+                  .a = arrays[2].data<float>(),
+                  .b = arrays[3].data<float>(),
+                  .a_log = arrays[4].data<float>(),
+                  .dt_bias = arrays[5].data<float>(),
+                  .conv_state = outputs[1].data<float>(),
+                  .state = outputs[2].data<float>(),
+                  .slots = arrays[8].data<std::int32_t>(),
+                  .mixed = mixed.data<float>(),
+                  .y = outputs[0].data<float>(),
+                  .query_lens = {},
+                  .fresh = {},
+                  .taps = arrays[1].shape(1),
+                  .num_key_heads = num_key_heads_,
+                  .num_value_heads = arrays[7].shape(1),
+                  .key_dim = arrays[7].shape(3),
+                  .value_dim = arrays[7].shape(2)};
+    encoder.dispatch([op, query_lens = query_lens_, fresh = fresh_]() mutable {
+      op.query_lens = query_lens;
+      op.fresh = fresh;
+      gated_delta(op, ThreadPool::shared());
+    });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    op_error("gated_delta", "the primitive must run on a CPU stream but got a GPU stream");
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const GatedDeltaPrimitive&>(other);
+    return query_lens_ == o.query_lens_ && fresh_ == o.fresh_ && num_key_heads_ == o.num_key_heads_;
+  }
+
+  DEFINE_NAME(GatedDelta)
+
+ private:
+  std::vector<int> query_lens_;
+  std::vector<char> fresh_;
+  int num_key_heads_;
+};
+
+Outputs gated_delta_cpu(const GatedDeltaInputs& in, mx::Stream s) {
+  const auto f32 = [&](const mx::array& a) { return mx::astype(a, mx::float32, s); };
+  const mx::Shape y_shape{in.qkv.shape(0), in.state.shape(1), in.state.shape(2)};
+  const auto outputs =
+      mx::array::make_arrays({y_shape, in.conv_state.shape(), in.state.shape()},
+                             {mx::float32, mx::float32, mx::float32}, std::make_shared<GatedDeltaPrimitive>(s, in),
+                             {f32(in.qkv), f32(in.conv_weight), f32(in.a), f32(in.b), f32(in.a_log), f32(in.dt_bias),
+                              f32(in.conv_state), in.state, in.slots});
+  return {mx::astype(outputs[0], in.qkv.dtype(), s), mx::astype(outputs[1], in.conv_state.dtype(), s), outputs[2]};
+}
+
 Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
   const int num_rows = in.slots.shape(0), num_tokens = in.qkv.shape(0), channels = in.qkv.shape(1);
   const int taps = in.conv_weight.shape(1), heads = in.state.shape(1), value_dim = in.state.shape(2);
@@ -118,7 +199,11 @@ Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
 std::tuple<mx::array, mx::array, mx::array> gated_delta(const GatedDeltaInputs& in, mx::StreamOrDevice s_) {
   check(in);
   const auto s = mx::to_stream(s_);
-  return s.device == mx::Device::gpu ? gated_delta_gpu(in, s) : gated_delta_fallback(in, s);
+  if (s.device == mx::Device::gpu) {
+    return gated_delta_gpu(in, s);
+  }
+  const bool has_kernel = in.key_head_dim % 8 == 0 && in.state.shape(2) % 8 == 0;
+  return has_kernel ? gated_delta_cpu(in, s) : gated_delta_fallback(in, s);
 }
 
 }  // namespace mlx_server

@@ -173,6 +173,26 @@ def test_inputs_with_gaps() -> None:
         np.testing.assert_allclose(np.array(got), expected, atol=3e-5)
 
 
+@pytest.mark.parametrize("wait", [True, False], ids=["step by step", "pipelined"])
+def test_states_are_updated_in_place(wait: bool) -> None:
+    case = Case([1])
+    arrays = {name: mx.array(value) for name, value in case.tensors.items()}
+    state, conv_state = mx.zeros((1000, *arrays["state"].shape[1:])), mx.zeros((1000, *arrays["conv_state"].shape[1:]))
+    slots = mx.array([7], dtype=mx.int32)
+    mx.eval(arrays, state, conv_state, slots)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(5):
+        arrays["conv_state"], arrays["state"] = conv_state, state
+        y, conv_state, state = gated_delta(*arrays.values(), slots=slots, query_lens=[1], fresh=[False], **case.heads)
+        arrays["qkv"] = arrays["qkv"] + y.sum()  # the next step depends on this one, which may still be in flight
+        mx.async_eval(y, conv_state, state)
+        if wait:
+            mx.eval(y)
+    mx.eval(y, conv_state, state)
+    assert mx.get_peak_memory() - before < state.nbytes // 10
+
+
 @pytest.mark.parametrize(
     "name, shape, message",
     [

@@ -2,6 +2,12 @@
 
 After Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks" (arXiv 2412.06464). T tokens of all rows, B rows, S
 slots, Hk key heads of size Dk, Hv value heads of size Dv, K > 1 taps of convolution, C = 2 Hk Dk + Hv Dv channels.
+
+The channels pass a causal depthwise convolution and SiLU and are then q, k [Hk, Dk] and v [Hv, Dv]; q and k are
+brought to length 1 and q is scaled by Dk ** -0.5. Value head h, which uses key head h // (Hv / Hk), applies to its
+state M [Dv, Dk], token by token, with beta = sigmoid(b) and g = -exp(a_log) * softplus(a + dt_bias):
+
+    M = exp(g) * M;  M += beta * (v - M @ k) k^T;  y = M @ q
 """
 
 import mlx.core as mx
@@ -27,13 +33,7 @@ def gated_delta(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One layer's linear attention for a ragged batch: prefill chunks and decodes in one call.
 
-    The channels pass a causal depthwise convolution and SiLU and are then q, k [Hk, Dk] and v [Hv, Dv]; q and k are
-    brought to length 1 and q is scaled by Dk ** -0.5. Value head h, which uses key head h // (Hv / Hk), applies to its
-    state S [Dv, Dk], token by token, with beta = sigmoid(b) and g = -exp(a_log) * softplus(a + dt_bias):
-
-        S = exp(g) * S;  S += beta * (v - S @ k) k^T;  y = S @ q
-
-    All of this is computed in float32. A row's result does not depend on the other rows.
+    Computed in float32. A row's result does not depend on the other rows.
 
     The returned states take over the memory of the given ones, which must not be used again, as in
     `y, self.conv, self.state = gated_delta(..., self.conv, self.state, ...)`. Slots of other rows keep their values.

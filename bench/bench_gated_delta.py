@@ -1,0 +1,64 @@
+"""One layer of Qwen3-Next's linear attention: our op beside the same from MLX's ops, as mlx-lm computes it."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_server.ops.gated_delta import gated_delta
+
+SHAPES = {"Qwen3-Next-80B": (16, 32, 128), "a quarter of it": (4, 8, 128)}  # Hk, Hv, Dk = Dv
+BATCHES = {"decode": [1], "8 decodes": [1] * 8, "prefill of 512": [512], "prefill of 2048": [2048]}
+TAPS = 4
+
+
+def mlx_ops(qkv, conv_weight, a, b, a_log, dt_bias, conv_state, state, *, query_lens, num_key_heads, key_head_dim):
+    """Rows of one length, each in the slot of its number: a convolution, then MLX's own gated_delta_update."""
+    rows, length = len(query_lens), query_lens[0]
+    x = mx.concatenate([conv_state, qkv.reshape(rows, length, -1)], axis=1)
+    mixed = mx.conv1d(x, conv_weight[..., None], groups=x.shape[-1])
+    mixed = mixed * mx.sigmoid(mixed)
+    keys = num_key_heads * key_head_dim
+    q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
+    q, k = (part.reshape(rows, length, num_key_heads, key_head_dim) for part in (q, k))
+    scale = key_head_dim**-0.5
+    q = scale**2 * mx.fast.rms_norm(q, None, 1e-6 * scale**2)
+    k = scale * mx.fast.rms_norm(k, None, 1e-6 * scale**2)
+    v = v.reshape(rows, length, *state.shape[1:3])
+    gates = mx.exp(-mx.exp(a_log) * mx.logaddexp(a + dt_bias, 0.0)).reshape(rows, length, -1)
+    beta = mx.sigmoid(b).reshape(rows, length, -1)
+    y, new_state = mx.fast.gated_delta_update(q, k, v, gates, beta, state)
+    return y.reshape(rows * length, *y.shape[2:]), x[:, -(TAPS - 1) :], new_state
+
+
+def make_inputs(shape, batch):
+    key_heads, heads, dim = SHAPES[shape]
+    tokens, slots, channels = sum(BATCHES[batch]), len(BATCHES[batch]), (2 * key_heads + heads) * dim
+    shapes = [(tokens, channels), (channels, TAPS), (tokens, heads), (tokens, heads), (heads,), (heads,)]
+    shapes += [(slots, TAPS - 1, channels), (slots, heads, dim, dim)]
+    inputs = [mx.random.normal(s) * 0.5 for s in shapes]
+    mx.eval(inputs)
+    return inputs, {"query_lens": BATCHES[batch], "num_key_heads": key_heads, "key_head_dim": dim}
+
+
+def ours(*inputs, query_lens, **heads):
+    rows = range(len(query_lens))
+    slots = mx.array(list(rows), dtype=mx.int32)
+    return gated_delta(*inputs, slots=slots, query_lens=query_lens, fresh=[False for _ in rows], **heads)
+
+
+@pytest.mark.parametrize("op", [ours, mlx_ops], ids=["mlx-server", "MLX"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_gated_delta(benchmark, op, shape, batch):
+    inputs, heads = make_inputs(shape, batch)
+
+    def run():
+        y, inputs[-2], inputs[-1] = op(*inputs, **heads)
+        mx.eval(y, inputs[-2:])
+
+    expected, expected_conv, expected_state = mlx_ops(*[x + 0 for x in inputs], **heads)
+    y, conv_state, state = op(*[x + 0 for x in inputs], **heads)
+    assert mx.abs(y - expected).max().item() < 1e-3
+    assert mx.abs(conv_state - expected_conv).max().item() == 0
+    assert mx.abs(state - expected_state).max().item() < 1e-3
+    benchmark.group = f"gated_delta, one layer of {shape}: {batch}"
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
