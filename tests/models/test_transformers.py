@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlx_server.models.loader import load_model
 from models.dense_kv import DenseKV, prompt_logits, step
+from models.transformers_model import save_random, transformers_logits
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 60
@@ -77,6 +77,7 @@ def random_config(model_type: str, seed: int) -> dict[str, Any]:
         values = CHOICES[model_type]["rope_parameters"]
         choices["rope_parameters"] = values[seed % len(values)]
     return {
+        "model_type": model_type,
         "hidden_size": num_heads * int(rng.choice([6, 16, 20])),
         "head_dim": int(rng.choice([10, 16, 24])),
         "intermediate_size": int(rng.integers(20, 90)),
@@ -94,28 +95,12 @@ def random_config(model_type: str, seed: int) -> dict[str, Any]:
     }
 
 
-def transformers_model(model_type: str, config: dict[str, Any], seed: int) -> Any:
-    """float32, weights random and of a size that keeps logits moderate."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **config), attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    for name, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter)
-        scale = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        mean = 1.0 if "norm" in name and model_type != "gemma3_text" else 0.0
-        parameter.data = mean + scale * noise
-    return model
-
-
 @pytest.mark.parametrize("model_type, seed", CASES)
 def test_agrees_with_transformers(model_type, seed, tmp_path):
     config = random_config(model_type, seed)
-    reference = transformers_model(model_type, config, seed)
-    reference.save_pretrained(tmp_path)
+    reference = save_random(tmp_path, config, seed)
     token_ids = np.random.default_rng(seed).integers(3, config["vocab_size"], NUM_TOKENS).tolist()
-    with torch.no_grad():
-        expected = reference(torch.tensor([token_ids]), use_cache=False).logits[0].numpy()
+    expected = transformers_logits(reference, token_ids)
     model = load_model(str(tmp_path))
     np.testing.assert_allclose(prompt_logits(model, token_ids), expected, 0, TOLERANCE)
     kv = DenseKV()
