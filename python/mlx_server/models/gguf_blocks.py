@@ -78,14 +78,15 @@ def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _pack(q: Bytes, bits: int) -> Bytes:
     """q [..., 32] of so many bits -> [..., 4 * bits]: a stream of bits, the lowest first."""
-    words = q.view("<u8")  # each has 8 values, 8 bits apart; the upper half of each pair closes ranks with the lower
-    for count in (1, 2, 4):
-        width = count * bits
-        lower = sum((1 << width) - 1 << at for at in range(0, 64, 16 * count))
-        shifted = words >> np.uint64(count * (8 - bits))
-        words = words & np.uint64(lower) | shifted & np.uint64(lower << width)
-    packed: Bytes = words[..., None].view(np.uint8)[..., :bits]
-    return packed.reshape(*q.shape[:-1], 4 * bits)
+    if bits == 8:
+        return q
+    words, slot = q.view("<u8"), 8  # bits that a value has room in: the upper one of each pair closes ranks
+    while bits % 8:
+        lower = sum((1 << bits) - 1 << at for at in range(0, 64, 2 * slot))
+        words = words & np.uint64(lower) | words >> np.uint64(slot - bits) & np.uint64(lower << bits)
+        bits, slot = 2 * bits, 2 * slot
+    packed: Bytes = words.view(np.uint8).reshape(*q.shape[:-1], -1, slot // 8)[..., : bits // 8]
+    return packed.reshape(*q.shape[:-1], -1)
 
 
 def _halves(blocks: Bytes) -> Bytes:
