@@ -90,7 +90,7 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
                            const mx::array& biases, int group_size, int bits, mx::StreamOrDevice s) {
   check(x, weight, scales, biases, group_size, bits);
   const mx::Stream stream = mx::to_stream(s);
-  const bool has_kernel = stream.device == mx::Device::cpu && (bits == 4 || bits == 8) &&
+  const bool has_kernel = stream.device == mx::Device::cpu && bits > 1 && bits != 7 &&
                           (group_size == 32 || group_size == 64 || group_size == 128) && x.shape(-1) > 0 &&
                           scales.dtype() == mx::float32;
   if (!has_kernel) {

@@ -45,15 +45,25 @@ struct Avx2 {
 
    private:
     static __m256i unpack(const std::uint8_t* packed) {
-      if constexpr (kBits == 4) {
-        int word;
-        __builtin_memcpy(&word, packed, sizeof(word));
-        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-        return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts), _mm256_set1_epi32(15));
-      } else {
+      if constexpr (kBits == 8) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
       }
+      const std::uint64_t word = load_bytes<Avx2, kBits>(packed);
+      if constexpr (kBits <= 4) {
+        const __m256i shifts =
+            _mm256_setr_epi32(0, kBits, 2 * kBits, 3 * kBits, 4 * kBits, 5 * kBits, 6 * kBits, 7 * kBits);
+        return low_bits(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts));
+      }
+      using Place = BitPlace<Avx2, kBits>;
+      const auto bytes = [](int i) { return 0x80800000 | (Place::byte(i) + 1) << 8 | Place::byte(i); };
+      const __m256i order =
+          _mm256_setr_epi32(bytes(0), bytes(1), bytes(2), bytes(3), bytes(4), bytes(5), bytes(6), bytes(7));
+      const __m256i shifts = _mm256_setr_epi32(Place::shift(0), Place::shift(1), Place::shift(2), Place::shift(3),
+                                               Place::shift(4), Place::shift(5), Place::shift(6), Place::shift(7));
+      const __m256i words = _mm256_set1_epi64x(static_cast<long long>(word));
+      return low_bits(_mm256_srlv_epi32(_mm256_shuffle_epi8(words, order), shifts));
     }
+    static __m256i low_bits(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi32((1 << kBits) - 1)); }
   };
 };
 

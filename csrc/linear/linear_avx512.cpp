@@ -30,7 +30,50 @@ struct Avx512 {
   }
 
   template <int kBits>
-  struct Format;
+  struct Format {
+    struct Group {
+      __m512 scale, bias;
+    };
+
+    static Group group(float scale, float bias) { return {_mm512_set1_ps(scale), _mm512_set1_ps(bias)}; }
+    static Vec dequantize(const Group& group, const std::uint8_t* packed) {
+      return fma(_mm512_cvtepi32_ps(unpack(packed)), group.scale, group.bias);
+    }
+    static Vec in_order(Vec v) { return v; }
+    static void pack(const float* x, float* packed) {
+      store(packed, load(x));
+      store(packed + 16, load(x + 16));
+    }
+
+   private:
+    static __m512i unpack(const std::uint8_t* packed) {
+      if constexpr (kBits == 8) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+      }
+      constexpr Places kPlaces = places();
+      const __m512i bytes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((1 << 2 * kBits) - 1, packed));
+      const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_loadu_si512(kPlaces.bytes));
+      return _mm512_and_si512(_mm512_srlv_epi32(words, _mm512_loadu_si512(kPlaces.shifts)),
+                              _mm512_set1_epi32((1 << kBits) - 1));
+    }
+
+    // For each lane: the two bytes that hold its value, and zeros; how far up it lies in them.
+    struct Places {
+      std::uint8_t bytes[64];
+      std::int32_t shifts[16];
+    };
+    static constexpr Places places() {
+      using Place = BitPlace<Avx512, kBits>;
+      Places places{};
+      for (int i = 0; i < 16; ++i) {
+        places.bytes[4 * i] = Place::byte(i);
+        places.bytes[4 * i + 1] = Place::byte(i) + 1;
+        places.bytes[4 * i + 2] = places.bytes[4 * i + 3] = 0x80;
+        places.shifts[i] = Place::shift(i);
+      }
+      return places;
+    }
+  };
 };
 
 // A group's 16 possible weights are a table in one register. Lanes 2j and 2j + 1 hold elements j and j + 8: one
@@ -56,24 +99,6 @@ struct Avx512::Format<4> {
     const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
     store(packed, _mm512_permutexvar_ps(order, load(x)));
     store(packed + 16, _mm512_permutexvar_ps(order, load(x + 16)));
-  }
-};
-
-template <>
-struct Avx512::Format<8> {
-  struct Group {
-    __m512 scale, bias;
-  };
-
-  static Group group(float scale, float bias) { return {_mm512_set1_ps(scale), _mm512_set1_ps(bias)}; }
-  static Vec dequantize(const Group& group, const std::uint8_t* packed) {
-    const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-    return fma(_mm512_cvtepi32_ps(q), group.scale, group.bias);
-  }
-  static Vec in_order(Vec v) { return v; }
-  static void pack(const float* x, float* packed) {
-    store(packed, load(x));
-    store(packed + 16, load(x + 16));
   }
 };
 

@@ -18,7 +18,7 @@ struct QuantizedLinear {
   float* y;                    // [rows, n]
   std::int64_t rows, n, k;
   int group_size;  // 32, 64 or 128
-  int bits;        // 4 or 8; 32: weight holds floats, there are no scales and biases, k is a multiple of 32
+  int bits;        // 2, 3, 4, 5, 6 or 8; 32: weight holds floats, there are no scales and biases, k is a multiple of 32
   const std::int32_t* x_rows = nullptr;  // [rows]: row r of y is made of row x_rows[r] of x, or of row r if null
 };
 

@@ -41,7 +41,7 @@ struct Neon {
 
     static Group group(float scale, float bias) { return {vdupq_n_f32(scale), vdupq_n_f32(bias)}; }
     static Vec dequantize(const Group& group, const std::uint8_t* packed) {
-      const uint16x8_t q = vmovl_u8(unpack(packed));
+      const uint16x8_t q = unpack(packed);
       return {vfmaq_f32(group.bias, vcvtq_f32_u32(vmovl_u16(vget_low_u16(q))), group.scale),
               vfmaq_f32(group.bias, vcvtq_f32_u32(vmovl_high_u16(q)), group.scale)};
     }
@@ -53,15 +53,27 @@ struct Neon {
     }
 
    private:
-    static uint8x8_t unpack(const std::uint8_t* packed) {
-      if constexpr (kBits == 4) {
-        std::uint32_t word;
-        __builtin_memcpy(&word, packed, sizeof(word));
-        const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(word));
-        return vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
-      } else {
-        return vld1_u8(packed);
+    static uint16x8_t unpack(const std::uint8_t* packed) {
+      if constexpr (kBits == 8) {
+        return vmovl_u8(vld1_u8(packed));
       }
+      const std::uint64_t word = load_bytes<Neon, kBits>(packed);
+      if constexpr (kBits == 4) {
+        const uint8x8_t bytes = vcreate_u8(word);
+        return vmovl_u8(vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4)));
+      }
+      // For each lane: the two bytes that hold its value; how far up it lies in them.
+      using Place = BitPlace<Neon, kBits>;
+      constexpr auto bytes = [](int i) {
+        return static_cast<std::uint16_t>((Place::byte(i) + 1) << 8 | Place::byte(i));
+      };
+      constexpr std::uint16_t kBytes[] = {bytes(0), bytes(1), bytes(2), bytes(3),
+                                          bytes(4), bytes(5), bytes(6), bytes(7)};
+      constexpr std::int16_t kShifts[] = {-Place::shift(0), -Place::shift(1), -Place::shift(2), -Place::shift(3),
+                                          -Place::shift(4), -Place::shift(5), -Place::shift(6), -Place::shift(7)};
+      const uint8x16_t order = vreinterpretq_u8_u16(vld1q_u16(kBytes));
+      const uint8x16_t words = vqtbl1q_u8(vcombine_u8(vcreate_u8(word), vdup_n_u8(0)), order);
+      return vandq_u16(vshlq_u16(vreinterpretq_u16_u8(words), vld1q_s16(kShifts)), vdupq_n_u16((1 << kBits) - 1));
     }
   };
 };

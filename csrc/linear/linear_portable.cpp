@@ -7,10 +7,15 @@ namespace {
 // GCC's and Clang's vectors of four floats: every 64-bit processor's baseline has them. Products are rounded before
 // they are added (the file is compiled without contraction), since a fused multiply-add may be a slow call.
 struct Portable {
-  typedef float Vec __attribute__((vector_size(16)));
-  static constexpr int kLanes = 4;
-  static constexpr int kDirectRows = 2;
-  static constexpr int kPanelRows = 2;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int Ints __attribute__((vector_size(16)));
+  // Eight lanes, since eight weights of any number of bits are whole bytes.
+  struct Vec {
+    Floats low, high;
+  };
+  static constexpr int kLanes = 8;
+  static constexpr int kDirectRows = 1;  // 1 x 4 sums, two registers each, in 16
+  static constexpr int kPanelRows = 1;
 
   static Vec zero() { return Vec{}; }
   static Vec load(const float* p) {
@@ -19,9 +24,12 @@ struct Portable {
     return v;
   }
   static void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
-  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.low * b.low + c.low, a.high * b.high + c.high}; }
 
-  static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float sum(Vec v) {
+    const Floats half = v.low + v.high;
+    return (half[0] + half[2]) + (half[1] + half[3]);
+  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a);
     out[1] = sum(b);
@@ -30,33 +38,38 @@ struct Portable {
   }
 
   struct Group {
-    Vec scale, bias;
+    Floats scale, bias;
   };
 
   template <int kBits>
   struct Format {
     using Group = Portable::Group;
 
-    static Group group(float scale, float bias) { return {Vec{} + scale, Vec{} + bias}; }
+    static Group group(float scale, float bias) { return {Floats{} + scale, Floats{} + bias}; }
     static Vec dequantize(const Group& group, const std::uint8_t* packed) {
-      return unpack(packed) * group.scale + group.bias;
+      const Vec q = unpack(packed);
+      return {q.low * group.scale + group.bias, q.high * group.scale + group.bias};
     }
     static Vec in_order(Vec v) { return v; }
     static void pack(const float* x, float* packed) { __builtin_memcpy(packed, x, kBlock * sizeof(float)); }
 
    private:
     static Vec unpack(const std::uint8_t* packed) {
-      // Each lane keeps its bits where they are and scales them down: shifts by lane are not in every baseline.
-      typedef int Ints __attribute__((vector_size(16)));
-      const int low = packed[0] | packed[1] << 8;
-      if constexpr (kBits == 4) {
-        const Ints digits = Ints{low, low, low, low} & Ints{0xf, 0xf0, 0xf00, 0xf000};
-        return __builtin_convertvector(digits, Vec) * Vec{1, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
+      if constexpr (kBits == 8) {
+        return {four_bytes(packed), four_bytes(packed + 4)};
       } else {
-        const int high = packed[2] | packed[3] << 8;
-        const Ints digits = Ints{low, low, high, high} & Ints{0xff, 0xff00, 0xff, 0xff00};
-        return __builtin_convertvector(digits, Vec) * Vec{1, 1.0f / 256, 1, 1.0f / 256};
+        const std::uint64_t word = load_bytes<Portable, kBits>(packed);
+        return {four(word), four(word >> 4 * kBits)};
       }
+    }
+    static Floats four(std::uint64_t word) {
+      constexpr int kMask = (1 << kBits) - 1;
+      const int w = static_cast<int>(word & ((1 << 4 * kBits) - 1));
+      return __builtin_convertvector(
+          Ints{w & kMask, w >> kBits & kMask, w >> 2 * kBits & kMask, w >> 3 * kBits & kMask}, Floats);
+    }
+    static Floats four_bytes(const std::uint8_t* p) {
+      return __builtin_convertvector(Ints{p[0], p[1], p[2], p[3]}, Floats);
     }
   };
 };

@@ -41,6 +41,27 @@ struct WeightRows {
   }
 };
 
+// The next kBits bytes as one number, the first byte lowest; nothing behind them is read.
+template <typename Simd, int kBits>
+inline std::uint64_t load_bytes(const std::uint8_t* p) {
+  std::uint32_t low = 0;
+  std::uint16_t high = 0;
+  __builtin_memcpy(&low, p, kBits < 4 ? 2 : 4);
+  if constexpr (kBits == 3 || kBits == 5) {
+    high = p[kBits - 1];
+  } else if constexpr (kBits == 6) {
+    __builtin_memcpy(&high, p + 4, 2);
+  }
+  return low | static_cast<std::uint64_t>(high) << (kBits < 4 ? 16 : 32);
+}
+
+// Value i of a stream of kBits-bit values lies in the two bytes from `byte` on, `shift` bits up.
+template <typename Simd, int kBits>
+struct BitPlace {
+  static constexpr int byte(int i) { return i * kBits / 8; }
+  static constexpr int shift(int i) { return i * kBits % 8; }
+};
+
 template <typename Simd>
 inline const float* x_row(const QuantizedLinear& op, std::int64_t row) {
   return op.x + (op.x_rows == nullptr ? row : op.x_rows[row]) * op.k;
@@ -215,6 +236,25 @@ void direct(const QuantizedLinear& op, const float* packed, std::int64_t n_begin
   }
 }
 
+// kernel.operator()<bits>()
+template <typename Simd, typename Kernel>
+inline void with_bits(int bits, const Kernel& kernel) {
+  switch (bits) {
+    case 2:
+      return kernel.template operator()<2>();
+    case 3:
+      return kernel.template operator()<3>();
+    case 4:
+      return kernel.template operator()<4>();
+    case 5:
+      return kernel.template operator()<5>();
+    case 6:
+      return kernel.template operator()<6>();
+    default:
+      return kernel.template operator()<8>();
+  }
+}
+
 template <typename Simd>
 constexpr LinearKernels make_linear_kernels(const char* name) {
   return {
@@ -222,22 +262,23 @@ constexpr LinearKernels make_linear_kernels(const char* name) {
       .max_direct_rows = Simd::kDirectRows,
       .pack =
           [](const QuantizedLinear& op, float* packed) {
-            for (std::int64_t row = 0; row < op.rows; ++row, packed += op.k) {
-              const float* x = x_row<Simd>(op, row);
-              for (std::int64_t i = 0; i < op.k; i += kBlock) {
-                op.bits == 4 ? Simd::template Format<4>::pack(x + i, packed + i)
-                             : Simd::template Format<8>::pack(x + i, packed + i);
+            with_bits<Simd>(op.bits, [&]<int kBits>() {
+              for (std::int64_t row = 0; row < op.rows; ++row, packed += op.k) {
+                const float* x = x_row<Simd>(op, row);
+                for (std::int64_t i = 0; i < op.k; i += kBlock) {
+                  Simd::template Format<kBits>::pack(x + i, packed + i);
+                }
               }
-            }
+            });
           },
       .direct =
           [](const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end) {
-            op.bits == 4 ? direct<Simd, 4>(op, packed, n_begin, n_end) : direct<Simd, 8>(op, packed, n_begin, n_end);
+            with_bits<Simd>(op.bits, [&]<int kBits>() { direct<Simd, kBits>(op, packed, n_begin, n_end); });
           },
       .panel =
           [](const QuantizedLinear& op, float* scratch, std::int64_t n_begin, std::int64_t n_end) {
-            op.bits == 4 ? dequantize_and_multiply<Simd, 4>(op, scratch, n_begin, n_end)
-                         : dequantize_and_multiply<Simd, 8>(op, scratch, n_begin, n_end);
+            with_bits<Simd>(op.bits,
+                            [&]<int kBits>() { dequantize_and_multiply<Simd, kBits>(op, scratch, n_begin, n_end); });
           },
       .plain =
           [](const QuantizedLinear& op, std::int64_t n_begin, std::int64_t n_end) {

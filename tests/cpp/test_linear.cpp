@@ -52,7 +52,11 @@ struct Problem {
     double sum = magnitude = 0;
     for (std::int64_t i = 0; i < k; ++i) {
       const std::int64_t at = column * k + i;
-      const int q = bits == 8 ? weight[at] : (weight[at / 2] >> (at % 2 * 4)) & 15;
+      int q = 0;
+      for (int bit = 0; bit < bits; ++bit) {
+        const std::int64_t place = at * bits + bit;
+        q |= (weight[place / 8] >> place % 8 & 1) << bit;
+      }
       const double scaled = static_cast<double>(scales[at / group_size]) * q, bias = biases[at / group_size];
       sum += (scaled + bias) * x[row * k + i];
       magnitude += (std::abs(scaled) + std::abs(bias)) * std::abs(x[row * k + i]);
@@ -76,7 +80,7 @@ TEST(agrees_with_the_definition) {
   ThreadPool pool(3);
   for (const LinearKernels* kernels : mlx_server::linear_kernels()) {
     std::cerr << "  " << kernels->name << "\n";
-    for (const int bits : {4, 8}) {
+    for (const int bits : {2, 3, 4, 5, 6, 8}) {
       for (const int group_size : {32, 64, 128}) {
         for (const std::int64_t rows : {1, 2, 3, 4, 7, 21}) {
           check_definition(*kernels, pool, Problem(rows, 37, 2 * group_size, group_size, bits));
@@ -90,7 +94,7 @@ TEST(agrees_with_the_definition) {
 TEST(a_row_does_not_depend_on_the_rows_beside_it) {
   ThreadPool one(1), four(4);
   for (const LinearKernels* kernels : mlx_server::linear_kernels()) {
-    for (const int bits : {4, 8}) {
+    for (const int bits : {2, 3, 4, 5, 6, 8}) {
       const Problem problem(200, 70, 576, 32, bits);
       std::vector<float> alone;
       for (std::int64_t row = 0; row < problem.rows; ++row) {

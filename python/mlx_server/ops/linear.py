@@ -15,8 +15,8 @@ def quantized_linear(
     Args:
         x: [..., K], floating point.
         weight: [N, K * bits / 32] uint32, packed as `mx.quantize` does.
-        scales, biases: [N, K / group_size], floating point. The CPU has fast kernels for float32, 4 and 8 bits and
-            groups of 32, 64 and 128.
+        scales, biases: [N, K / group_size], floating point. The CPU has fast kernels for float32 and groups of 32, 64
+            and 128.
     Returns:
         [..., N], the dtype of x.
     Raises:
