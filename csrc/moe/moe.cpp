@@ -84,7 +84,7 @@ bool has_kernel(const ExpertMatrix& matrix, int k) {
   if (!matrix.scales) {
     return matrix.weight.dtype() == mx::float32 && k > 0 && k % 32 == 0;
   }
-  return matrix.mode == "affine" && (matrix.bits == 4 || matrix.bits == 8) &&
+  return matrix.mode == "affine" && matrix.bits > 1 && matrix.bits != 7 &&
          (matrix.group_size == 32 || matrix.group_size == 64 || matrix.group_size == 128) && k > 0 &&
          matrix.scales->dtype() == mx::float32 && matrix.biases->dtype() == mx::float32;
 }

@@ -39,7 +39,8 @@ class Form(NamedTuple):
 
 PLAIN = Form()
 FAST_FORMS = [PLAIN] + [Form(group_size, bits) for group_size in (32, 64, 128) for bits in (4, 8)]
-OTHER_FORMS = [Form(64, 3), Form(32, 6), Form(32, 4, "mxfp4"), Form(16, 4, "nvfp4")]
+FAST_FORMS += [Form(64, bits) for bits in (2, 3, 5, 6)]
+OTHER_FORMS = [Form(32, 4, "mxfp4"), Form(32, 8, "mxfp8"), Form(16, 4, "nvfp4")]
 
 
 class Experts:
@@ -170,7 +171,7 @@ def test_any_distribution_of_tokens(data):
     used = data.draw(st.lists(st.integers(0, num_experts - 1), min_size=1, max_size=num_experts))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     chosen = mx.array(rng.choice(used, (tokens, top_k)).astype(np.int32))
-    experts = Experts(num_experts, n, d, Form(32, data.draw(st.sampled_from([4, 8]))) if quantized else PLAIN)
+    experts = Experts(num_experts, n, d, Form(32, data.draw(st.sampled_from([3, 4, 5, 6, 8]))) if quantized else PLAIN)
     arrays = make_x(tokens, d), chosen, mx.array(rng.standard_normal((tokens, top_k)).astype(np.float32))
     shared = make_x(tokens, d, seed=4) if data.draw(st.booleans()) else None
     y = experts(*arrays, shared=shared)
