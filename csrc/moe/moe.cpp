@@ -13,6 +13,8 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "kernel_sources.h"
+#include "kernels/launch.h"
 #include "moe/moe_cpu.h"
 
 namespace mlx_server {
@@ -71,6 +73,24 @@ class RoutePrimitive : public mx::Primitive {
   Scoring scoring_;
   bool normalize_;
 };
+
+std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Scoring scoring, bool normalize,
+                                          mx::Stream s) {
+  const mx::Shape shape{logits.shape(0), top_k};
+  const auto outputs = launch(kernel_sources::moe_route,
+                              {.inputs = {logits},
+                               .output_shapes = {shape, shape},
+                               .output_dtypes = {mx::int32, mx::float32},
+                               .constants = {{"T", logits.dtype()},
+                                             {"EXPERTS", logits.shape(1)},
+                                             {"TOP_K", top_k},
+                                             {"SOFTMAX", scoring == Scoring::kSoftmax ? 1 : 0},
+                                             {"NORMALIZE", normalize ? 1 : 0}},
+                               .groups = {logits.shape(0), 1, 1},
+                               .threads = 32},
+                              s);
+  return {outputs[0], outputs[1]};
+}
 
 // How the arrays of an ExpertMatrix are stored; group_size 0 and bits 32 if plain.
 struct Form {
@@ -203,8 +223,10 @@ std::pair<mx::array, mx::array> route(const mx::array& logits, int top_k, Scorin
     op_error(kRoute, "top_k must be in 1..", logits.shape(1), " but got ", top_k);
   }
   const mx::Stream stream = mx::to_stream(s);
-  if (stream.device != mx::Device::cpu) {
-    return route_fallback(logits, top_k, scoring, normalize, stream);
+  if (stream.device == mx::Device::gpu) {
+    const bool has_kernel = top_k <= 32 && logits.shape(1) <= 1024 && logits.size() > 0;
+    return has_kernel ? route_gpu(logits, top_k, scoring, normalize, stream)
+                      : route_fallback(logits, top_k, scoring, normalize, stream);
   }
   const mx::Shape shape{logits.shape(0), top_k};
   const auto outputs = mx::array::make_arrays({shape, shape}, {mx::int32, mx::float32},
