@@ -79,6 +79,8 @@ def make_choice(tokens: int, num_experts: int, top_k: int, seed: int = 2) -> tup
 
 
 def assert_close(y: mx.array, expected: np.ndarray, tolerance: float = 2e-6) -> None:
+    if mx.default_device() == mx.gpu:
+        tolerance = max(tolerance, 5e-3)  # CUDA multiplies float32 in TF32
     assert y.shape == expected.shape
     scale = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(np.array(y.astype(mx.float32)), expected, rtol=0, atol=tolerance * scale)
@@ -181,15 +183,17 @@ def test_any_distribution_of_tokens(data):
 
 @pytest.mark.parametrize("form", FAST_FORMS, ids=str)
 def test_a_token_does_not_depend_on_the_tokens_beside_it(form):
-    experts, logits, x = Experts(8, 128, 128, form), make_x(90, 8), make_x(90, 128)
+    """Promised on the CPU; MLX's products on GPUs may depend on the number of rows."""
+    with mx.stream(mx.cpu):
+        experts, logits, x = Experts(8, 128, 128, form), make_x(90, 8), make_x(90, 128)
 
-    def block(begin: int, end: int) -> mx.array:
-        choice = route(logits[begin:end], top_k=3, scoring="softmax", normalize=True)
-        return experts(x[begin:end], *choice, shared=x[begin:end])
+        def block(begin: int, end: int) -> mx.array:
+            choice = route(logits[begin:end], top_k=3, scoring="softmax", normalize=True)
+            return experts(x[begin:end], *choice, shared=x[begin:end])
 
-    alone = mx.concatenate([block(i, i + 1) for i in range(90)])
-    for tokens in (1, 2, 3, 5, 8, 33, 90):
-        assert mx.array_equal(block(0, tokens), alone[:tokens]), tokens
+        alone = mx.concatenate([block(i, i + 1) for i in range(90)])
+        for tokens in (1, 2, 3, 5, 8, 33, 90):
+            assert mx.array_equal(block(0, tokens), alone[:tokens]), tokens
 
 
 @pytest.mark.parametrize("form", [PLAIN, Form(32, 4)], ids=str)
