@@ -54,7 +54,7 @@ class Program:
     """A compiled template.
 
     Attributes:
-        variables: names that the template reads and neither sets nor finds in the sandbox.
+        variables: names that whoever renders the template can set.
     """
 
     def __init__(self, source: str) -> None:
@@ -62,7 +62,7 @@ class Program:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self.variables = frozenset(meta.find_undeclared_variables(tree) - environment.globals.keys() - {"self"})
+            self.variables = _variables(tree) - environment.globals.keys() - {"self"}
             self._template = environment.from_string(_Limits().visit(tree))
         except TemplateSyntaxError as error:
             raise ModelLoadError(f"the model's chat template has a fault in line {error.lineno}") from error
@@ -81,6 +81,15 @@ class Program:
             raise InvalidRequestError(message, param="messages", code="chat_template_error") from error
         finally:
             _budget.reset(token)
+
+
+def _variables(tree: nodes.Template) -> frozenset[str]:
+    """Names that are read before they are set. Those that are set too count only if asked for (`x is defined`)."""
+    is_set = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = [test.node for test in tree.find_all(nodes.Test) if test.name in {"defined", "undefined"}]
+    asked += [filtered.node for filtered in tree.find_all(nodes.Filter) if filtered.name in {"default", "d"}]
+    is_asked = {node.name for node in asked if isinstance(node, nodes.Name)}
+    return frozenset(meta.find_undeclared_variables(tree) - (is_set - is_asked))
 
 
 class _Limits(NodeTransformer):
