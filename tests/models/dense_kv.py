@@ -45,12 +45,12 @@ class DenseContext:
         return y[0].swapaxes(0, 1)
 
     def gated_delta(self, layer, qkv, conv_weight, a, b, a_log, dt_bias, *, num_key_heads, key_head_dim) -> mx.array:
-        conv_weight, a_log, dt_bias = (np.array(x, np.float32) for x in (conv_weight, a_log, dt_bias))
+        conv_weight, a_log, dt_bias = map(_float32, (conv_weight, a_log, dt_bias))
         (channels, kernel), num_heads = conv_weight.shape, a.shape[1]
         value_head_dim = (channels - 2 * num_key_heads * key_head_dim) // num_heads
         zeros = np.zeros((kernel - 1, channels)), np.zeros((num_heads, value_head_dim, key_head_dim))
         ends = np.cumsum(list(self._num_tokens.values()))[:-1].tolist()
-        parts = zip(self._num_tokens, *(np.split(np.array(x, np.float32), ends) for x in (qkv, a, b)), strict=True)
+        parts = zip(self._num_tokens, *(np.split(_float32(x), ends) for x in (qkv, a, b)), strict=True)
         outputs = []
         for name, qkv_part, a_part, b_part in parts:
             conv_state, state = self._kv.states.get((name, layer), zeros)
@@ -78,6 +78,10 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None) -> mx.array
     """[num_queries, num_keys] bool: which keys the last `num_queries` tokens see."""
     distance = mx.arange(num_keys - num_queries, num_keys)[:, None] - mx.arange(num_keys)
     return (distance >= 0) & (distance < (num_keys if window is None else window))
+
+
+def _float32(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32))
 
 
 def step(model, kv: DenseKV, tokens: dict[str, list[int]]) -> dict[str, np.ndarray]:

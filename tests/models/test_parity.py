@@ -1,12 +1,15 @@
 """Every architecture on tiny models whose logits and greedy tokens transformers has computed; see parity/README.md."""
 
+import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_server.models.loader import load_model
+from models.checkpoints import save
 from models.dense_kv import DenseKV, greedy, prompt_logits, step
 
 PARITY = Path(__file__).parent / "parity"
@@ -50,6 +53,21 @@ def test_reads_configs_of_transformers_5(name, tmp_path):
     fixture = np.load(PARITY / name / "fixture.npz")
     logits = prompt_logits(load_model(str(tmp_path)), fixture["prompt"].tolist())
     np.testing.assert_allclose(logits, fixture["logits"], 0, TOLERANCES[name])
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_computes_in_half_precision_on_a_gpu(name, tmp_path, monkeypatch):
+    """Here on the CPU, but with a checkpoint's own dtype. Errors are as large as mlx-lm's, and rounding's."""
+    directory = PARITY / name / "mlx-4bit"
+    config, weights = json.loads((directory / "config.json").read_text()), mx.load(str(directory / "model.safetensors"))
+    half = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        model = load_model(save(tmp_path, config, half))
+    assert model.kv_spec.dtype == mx.float16
+    fixture = np.load(directory / "fixture.npz")
+    errors = np.abs(prompt_logits(model, fixture["prompt"].tolist()) - fixture["logits"])
+    assert np.median(errors) < 0.05
 
 
 @pytest.mark.parametrize("chunks", [[1] * 40, [1, 7, 2, 3, 16, 11]], ids=["token by token", "uneven"])
