@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
+from mlx_server.models.quantize import is_computable
 from models.checkpoints import CONFIG, dequantized, quantized, random_weights, save
 from models.dense_kv import prompt_logits
 from reference.llama import llama_logits
@@ -17,9 +19,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 UNTIED = CONFIG | {"tie_word_embeddings": False}
 
 
-def check(directory: str, weights: dict[str, mx.array]) -> None:
+def check(directory: str, weights: dict[str, mx.array], config: dict[str, Any] = CONFIG) -> None:
     """The model of `directory` computes what the NumPy model does with `weights`."""
-    expected = llama_logits(CONFIG, {name: np.array(weight) for name, weight in weights.items()}, TOKEN_IDS)
+    expected = llama_logits(config, {name: np.array(weight) for name, weight in weights.items()}, TOKEN_IDS)
     np.testing.assert_allclose(prompt_logits(load_model(directory), TOKEN_IDS), expected, 0, 1e-4)
 
 
@@ -52,36 +54,73 @@ def test_keeps_the_dtype_of_the_checkpoint_on_a_gpu(tmp_path, monkeypatch):
     assert load_model(directory).kv_spec.dtype == mx.bfloat16
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        *({"group_size": group_size, "bits": bits} for group_size in (32, 64) for bits in (2, 3, 4, 5, 6, 8)),
-        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-        {"group_size": 32, "bits": 8, "mode": "mxfp8"},
-        {"group_size": 16, "bits": 4, "mode": "nvfp4"},
-    ],
-    ids=lambda how: "-".join(map(str, how.values())),
-)
-def test_reads_every_quantization(how, tmp_path):
-    weights = random_weights(UNTIED)
-    stored, plain = weights, dict(weights)
-    for layer in ("model.embed_tokens", "lm_head", Q_PROJ, "model.layers.0.mlp.down_proj"):
-        stored = quantized(stored, layer, **how)
-        plain[f"{layer}.weight"] = dequantized(stored, layer, **how)
-    check(save(tmp_path, UNTIED | {"quantization": how}, stored), plain)
+FORMS = [
+    *({"group_size": group_size, "bits": bits} for group_size in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)),
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+]
+WIDE = CONFIG | {"hidden_size": 128, "head_dim": 32}  # a group of 128 in a row
 
 
-def test_follows_overrides_of_single_layers(tmp_path):
-    four, eight = {"group_size": 64, "bits": 4}, {"group_size": 32, "bits": 8}
-    weights = random_weights(UNTIED)
-    stored = quantized(quantized(weights, "model.embed_tokens", **four), Q_PROJ, **eight)
-    block = {**four, "mode": "affine", Q_PROJ: eight, "lm_head": False}
-    directory = save(tmp_path, UNTIED | {"quantization": block, "quantization_config": block}, stored)
-    plain = {
-        "model.embed_tokens.weight": dequantized(stored, "model.embed_tokens", **four),
-        f"{Q_PROJ}.weight": dequantized(stored, Q_PROJ, **eight),
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: "-".join(map(str, how.values())))
+def test_reads_every_quantization(how, dtype, tied, tmp_path):
+    """Every matrix in one form, scales and norms in one dtype, as one `mlx_lm.convert` writes them."""
+    config = WIDE | {"tie_word_embeddings": tied}
+    weights = {name: weight.astype(dtype) for name, weight in random_weights(config).items()}
+    stored, plain = weights, {name: weight.astype(mx.float32) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            layer = name.removesuffix(".weight")
+            stored = quantized(stored, layer, **how)
+            parts = [stored.get(f"{layer}.{part}") for part in ("scales", "biases")]
+            scales, biases = (p.astype(mx.float32) if p is not None and p.dtype == dtype else p for p in parts)
+            plain[name] = mx.dequantize(stored[name], scales, biases, **how, dtype=mx.float32)
+    check(save(tmp_path, config | {"quantization": how}, stored), plain, config)
+
+
+@pytest.mark.parametrize("how", [FORMS[3], FORMS[-3]], ids=["affine", "mxfp4"])
+def test_what_mlx_cannot_compute_is_dequantized(how, tmp_path, monkeypatch, caplog):
+    def not_implemented(*arrays, **how):
+        raise RuntimeError("[QuantizedMatmul] NYI")
+
+    stored = quantized(quantized(random_weights(CONFIG), Q_PROJ, **how), "model.embed_tokens", **how)
+    plain = random_weights(CONFIG) | {
+        f"{layer}.weight": dequantized(stored, layer, **how) for layer in (Q_PROJ, "model.embed_tokens")
     }
-    check(directory, weights | plain)
+    monkeypatch.setattr(mx, "quantized_matmul", not_implemented)
+    is_computable.cache_clear()
+    try:
+        check(save(tmp_path, CONFIG | {"quantization": how}, stored), plain)
+    finally:
+        is_computable.cache_clear()
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "in groups of 32 on this device; they are held as" in warning and "NYI" in warning
+
+
+def strip(layer: str) -> str:
+    return layer.removeprefix("model.")
+
+
+@pytest.mark.parametrize("name", [str, strip, lambda layer: f"language_model.{layer}"], ids=["full", "bare", "vlm"])
+def test_follows_overrides_of_single_layers(name, tmp_path):
+    down_proj, up_proj = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
+    forms = {
+        "model.embed_tokens": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        Q_PROJ: {"group_size": 32, "bits": 8, "mode": "affine"},
+        down_proj: {"group_size": 64, "bits": 4},
+        up_proj: {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    }
+    weights = stored = random_weights(UNTIED)
+    for layer, how in forms.items():
+        stored = quantized(stored, layer, **how)
+    # A layer's block without a mode means affine, whatever the model's mode; what it does not say is MLX's default.
+    overrides = {Q_PROJ: {"group_size": 32, "bits": 8}, down_proj: {"group_size": 64}, up_proj: True, "lm_head": False}
+    block = forms["model.embed_tokens"] | {name(layer): value for layer, value in overrides.items()}
+    plain = {f"{layer}.weight": dequantized(stored, layer, **how) for layer, how in forms.items()}
+    check(save(tmp_path, UNTIED | {"quantization": block, "quantization_config": block}, stored), weights | plain)
 
 
 def test_an_lm_head_is_used_whatever_the_config_says(tmp_path):
@@ -161,9 +200,10 @@ def test_integers_are_no_weights(tmp_path):
         ({"quantization": {"group_size": 48, "bits": 4}}, "group_size of affine must be 32 or 64 or 128 but is 48"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "magic"}}, "quantization: .*magic"),
         (
-            {"quantization": {"group_size": 32, "bits": 4, Q_PROJ: {"bits": 4}}},
-            f"quantization of {Q_PROJ}: .*group_size",
+            {"quantization": {"group_size": 32, "bits": 4, Q_PROJ: {"bits": 7}}},
+            f"quantization of {Q_PROJ}: .*bits of affine must be .* but is 7",
         ),
+        ({"quantization": {"group_size": 32, "bits": 4, Q_PROJ: {"mode": 4}}}, f"quantization of {Q_PROJ}: .*mode"),
         ({"quantization": 4}, "quantization must be an object"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization method 'gptq' is not supported"),
         ({"model_file": "model.py"}, "model_file"),

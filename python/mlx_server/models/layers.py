@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import KVSpec, StateSpec, StepContext
 from mlx_server.models.config import DecoderArgs
-from mlx_server.models.quantize import Quantization
+from mlx_server.models.quantize import Quantization, is_computable
 from mlx_server.models.rope import RopeParameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul
@@ -19,8 +19,8 @@ from mlx_server.ops.rope import rope
 class Matrix:
     """A matrix [N, K] of floating point numbers."""
 
-    def __init__(self, weights: Weights, num_rows: int, num_columns: int) -> None:
-        self.weight = weights.take("weight", (num_rows, num_columns))
+    def __init__(self, weight: mx.array) -> None:
+        self.weight = weight
 
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
@@ -56,22 +56,33 @@ class QuantizedMatrix:
 
     def rows(self, ids: mx.array) -> mx.array:
         """ids [T] -> [T, K]"""
+        biases = None if self.biases is None else self.biases[ids]
+        return self._dequantize(self.weight[ids], self.scales[ids], biases)
+
+    def dense(self) -> mx.array:
+        """The matrix itself. On the CPU, which can compute all forms."""
+        return self._dequantize(self.weight, self.scales, self.biases, mx.cpu)
+
+    def _dequantize(
+        self, weight: mx.array, scales: mx.array, biases: mx.array | None, stream: mx.DeviceType | None = None
+    ) -> mx.array:
+        group_size, bits, mode = self.quantization.group_size, self.quantization.bits, self.quantization.mode
         return mx.dequantize(
-            self.weight[ids],
-            self.scales[ids],
-            None if self.biases is None else self.biases[ids],
-            group_size=self.quantization.group_size,
-            bits=self.quantization.bits,
-            mode=self.quantization.mode,
-        ).astype(self.dtype)
+            weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=self.dtype, stream=stream
+        )
 
 
 def take_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | QuantizedMatrix:
     """The matrix at the prefix of `weights`, quantized or not as the checkpoint says."""
     quantization = weights.quantization()
     if quantization is None:
-        return Matrix(weights, num_rows, num_columns)
-    return QuantizedMatrix(weights, num_rows, num_columns, quantization)
+        return Matrix(weights.take("weight", (num_rows, num_columns)))
+    matrix = QuantizedMatrix(weights, num_rows, num_columns, quantization)
+    if is_computable(quantization, weights.dtype):
+        return matrix
+    dense = matrix.dense()
+    weights.taken.append(dense)
+    return Matrix(dense)
 
 
 class Linear:

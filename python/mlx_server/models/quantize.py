@@ -1,15 +1,22 @@
 """The `quantization` block of an MLX checkpoint's config.json."""
 
+import functools
+import logging
 from typing import Literal
 
+import mlx.core as mx
 import msgspec
 
 from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.config import convert
 
+log = logging.getLogger(__name__)
+
 GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+# What MLX takes where a layer's own block does not say: group_size and bits
+_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 
 class Quantization(msgspec.Struct, frozen=True):
@@ -35,9 +42,14 @@ class QuantizationPlan(msgspec.Struct, frozen=True):
     overrides: dict[str, Quantization | None] = {}
 
     def of(self, layer: str, *, has_scales: bool) -> Quantization | None:
-        """What the checkpoint says of a layer. Without an override, having `scales` decides."""
-        if layer in self.overrides:
-            return self.overrides[layer]
+        """What the checkpoint says of a layer. Without an override, having `scales` decides.
+
+        Overrides name layers with or without the module that holds the language model.
+        """
+        name = layer.removeprefix("model.")
+        for key in (layer, name, f"model.{layer}", f"language_model.{layer}", f"language_model.model.{name}"):
+            if key in self.overrides:
+                return self.overrides[key]
         return self.default if has_scales else None
 
 
@@ -62,10 +74,42 @@ def read_plan(config: JsonObject, source: str) -> QuantizationPlan:
         if value is False:
             overrides[layer] = None
         elif isinstance(value, dict):
-            overrides[layer] = convert(
-                {"mode": default.mode, **value}, Quantization, f"{source}: quantization of {layer}"
-            )
+            overrides[layer] = _convert_override(value, f"{source}: quantization of {layer}")
     return QuantizationPlan(default, overrides)
+
+
+def _convert_override(block: JsonObject, where: str) -> Quantization:
+    """One layer's block. It owes nothing to the checkpoint's: what it does not say is MLX's default."""
+    mode = block.get("mode", "affine")
+    group_size, bits = _DEFAULTS.get(mode, _DEFAULTS["affine"]) if isinstance(mode, str) else _DEFAULTS["affine"]
+    return convert({"group_size": group_size, "bits": bits, **block}, Quantization, where)
+
+
+@functools.cache
+def is_computable(quantization: Quantization, dtype: mx.Dtype) -> bool:
+    """Whether MLX can multiply `dtype` with such a matrix on the default device, tried once; a warning if not."""
+    n, k = 64, 512
+    group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
+    affine = mode == "affine"
+    weight = mx.zeros((n, k * bits // 32), mx.uint32)
+    scales = mx.zeros((n, k // group_size), dtype if affine else mx.uint8)
+    biases = scales if affine else None
+    try:
+        for num_rows in (1, 64):  # a decode and a prompt take different kernels
+            x = mx.zeros((num_rows, k), dtype)
+            mx.eval(mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
+        mx.eval(mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
+    except (RuntimeError, ValueError) as error:
+        log.warning(
+            "MLX can't compute %d-bit %s weights in groups of %d on this device; they are held as %s: %s",
+            bits,
+            mode,
+            group_size,
+            dtype,
+            error,
+        )
+        return False
+    return True
 
 
 def _or(values: tuple[int, ...]) -> str:
