@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-WEATHER_TOOL = {
+WEATHER_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -18,7 +18,7 @@ WEATHER_TOOL = {
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
 USER = {"role": "user", "content": "  Wie ist das Wetter in Zürich? 👩‍👩‍👧‍👦 <b>&amp;</b>\n"}
 THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSunny."}
-CALLS = {
+CALLS: dict[str, Any] = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
@@ -30,7 +30,7 @@ CALLS = {
         },
     ],
 }
-RESULTS = [
+RESULTS: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "call_1", "name": "get_weather", "content": '{"degrees": 20}'},
     {"role": "tool", "tool_call_id": "call_2", "name": "get_weather", "content": "rain"},
 ]

@@ -222,7 +222,9 @@ SPECIAL = (
 
 def attacked(name: str, text: str) -> Conversation:
     """A conversation with `text` wherever a client can write some."""
-    messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": text} for role in ("system", "user", "assistant", "user")
+    ]
     if name != QWEN3:
         return Conversation(messages)
     function = {"name": text, "arguments": {text: text}}

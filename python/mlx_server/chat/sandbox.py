@@ -86,7 +86,9 @@ class Program:
 def _variables(tree: nodes.Template) -> frozenset[str]:
     """Names that are read before they are set. Those that are set too count only if asked for (`x is defined`)."""
     is_set = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-    asked = [test.node for test in tree.find_all(nodes.Test) if test.name in {"defined", "undefined"}]
+    asked: list[nodes.Expr | None] = [
+        test.node for test in tree.find_all(nodes.Test) if test.name in {"defined", "undefined"}
+    ]
     asked += [filtered.node for filtered in tree.find_all(nodes.Filter) if filtered.name in {"default", "d"}]
     is_asked = {node.name for node in asked if isinstance(node, nodes.Name)}
     return frozenset(meta.find_undeclared_variables(tree) - (is_set - is_asked))
