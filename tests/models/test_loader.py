@@ -166,6 +166,39 @@ def test_a_quantization_that_contradicts_the_tensors_is_shown(tmp_path):
         load_model(save(tmp_path, config, weights))
 
 
+AFFINE, MXFP4 = {"group_size": 32, "bits": 4}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "tensor", "fault"),
+    [
+        (AFFINE, "scales", None, r"weight has shape \(64, 8\), but the configuration asks for \(64, 64\)"),
+        (AFFINE | {Q_PROJ: AFFINE}, "scales", None, "scales is missing"),
+        (AFFINE | {Q_PROJ: False}, "bias", None, r"weight has shape \(64, 8\), .* asks for \(64, 64\)"),
+        (AFFINE, "biases", None, "biases is missing"),
+        (AFFINE, "scales", mx.zeros((64, 1)), r"scales has shape \(64, 1\), .* asks for \(64, 2\)"),
+        (AFFINE, "biases", mx.zeros((2, 64)), r"biases has shape \(2, 64\), .* asks for \(64, 2\)"),
+        (AFFINE, "scales", mx.zeros((64, 2), mx.uint8), r"scales has dtype .*uint8, but it must be .*floating"),
+        (AFFINE, "biases", mx.zeros((64, 2), mx.int32), r"biases has dtype .*int32, but it must be .*floating"),
+        (AFFINE, "weight", mx.zeros((64, 8)), r"weight has dtype .*float32, but it must be .*uint32"),
+        (MXFP4, "scales", mx.zeros((64, 2)), r"scales has dtype .*float32, but it must be .*uint8"),
+        (MXFP4, "biases", mx.zeros((64, 2)), r"biases \(64, 2\) is no part of the model"),
+    ],
+)
+def test_parts_of_a_quantized_matrix_that_do_not_fit_are_named(how, name, tensor, fault, tmp_path):
+    form = {key: value for key, value in how.items() if key != Q_PROJ}
+    stored = quantized(random_weights(CONFIG), Q_PROJ, **form) | {f"{Q_PROJ}.{name}": tensor}
+    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    with pytest.raises(ModelLoadError, match=rf"tensor {Q_PROJ}.{fault}"):
+        load_model(save(tmp_path, CONFIG | {"quantization": how}, stored))
+
+
+def test_quantized_tensors_need_a_config_that_says_so(tmp_path):
+    stored = quantized(random_weights(CONFIG), Q_PROJ, **AFFINE)
+    with pytest.raises(ModelLoadError, match=rf"{Q_PROJ}.weight has shape \(64, 8\), .* asks for \(64, 64\)"):
+        load_model(save(tmp_path, CONFIG, stored))
+
+
 def test_integers_are_no_weights(tmp_path):
     weights = random_weights(CONFIG)
     weights["model.norm.weight"] = weights["model.norm.weight"].astype(mx.int32)

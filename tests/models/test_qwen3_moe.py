@@ -64,8 +64,11 @@ def test_reads_stacked_experts(tmp_path):
     np.testing.assert_allclose(prompt_logits(model, fixture["prompt"].tolist()), fixture["logits"], 0, 1e-4)
 
 
+@pytest.mark.parametrize("computable", [True, False], ids=["", "dequantized"])
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_reads_experts_quantized_each_its_own_way(mode, tmp_path):
+def test_reads_experts_quantized_each_its_own_way(mode, computable, tmp_path, monkeypatch):
+    if not computable:
+        monkeypatch.setattr("mlx_server.models.moe.is_computable", lambda *form, experts: False)
     config, weights = parity_checkpoint()
     how = {"up": {"group_size": 32, "bits": 4, "mode": mode}, "down": {"group_size": 64, "bits": 8, "mode": "affine"}}
     block: dict[str, object] = {"group_size": 64, "bits": 4}
@@ -79,6 +82,24 @@ def test_reads_experts_quantized_each_its_own_way(mode, tmp_path):
     expected = prompt_logits(load_model(save(tmp_path / "plain", config, plain)), list(range(20)))
     model = load_model(save(tmp_path, config | {"quantization": block}, stored))
     np.testing.assert_allclose(prompt_logits(model, list(range(20))), expected, 0, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "fault"),
+    [
+        ("scales", None, r"weight has shape \(8, 64, 8\), but the configuration asks for \(8, 64, 64\)"),
+        ("biases", None, "biases is missing"),
+        ("scales", mx.zeros((8, 64, 1)), r"scales has shape \(8, 64, 1\), but the configuration asks for \(8, 64, 2\)"),
+        ("scales", mx.zeros((8, 64, 2), mx.uint8), "scales has dtype .*uint8"),
+    ],
+)
+def test_parts_of_quantized_experts_that_do_not_fit_are_named(name, tensor, fault, tmp_path):
+    config, weights = parity_checkpoint()
+    layer, how = "model.layers.0.mlp.switch_mlp.up_proj", {"group_size": 32, "bits": 4}
+    stored = quantized(stacked_experts(weights, 8), layer, **how) | {f"{layer}.{name}": tensor}
+    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    with pytest.raises(ModelLoadError, match=rf"tensor {layer}.{fault}"):
+        load_model(save(tmp_path, config | {"quantization": how}, stored))
 
 
 @pytest.mark.parametrize("name", ["gate.weight", "experts.0.gate_proj.weight", "experts.7.down_proj.weight"])

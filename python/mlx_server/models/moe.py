@@ -8,6 +8,7 @@ import msgspec
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.config import Count, DecoderArgs
 from mlx_server.models.layers import Linear
+from mlx_server.models.quantize import is_computable
 from mlx_server.models.weights import Weights
 from mlx_server.ops.moe import ExpertMatrix, moe_mlp, route
 
@@ -81,11 +82,13 @@ def take_stacked_experts(weights: Weights, projection: str, shape: tuple[int, in
     if num_columns % group_size:
         raise ModelLoadError(f"{weights.source}: {weights.name} has {num_columns} columns, not groups of {group_size}")
     groups = (num_experts, num_rows, num_columns // group_size)
-    return ExpertMatrix(
-        weights.take("weight", (num_experts, num_rows, num_columns * bits // 32), mx.uint32),
-        weights.take("scales", groups, mx.floating if mode == "affine" else mx.uint8),
-        weights.take("biases", groups) if mode == "affine" else None,
-        group_size=group_size,
-        bits=bits,
-        mode=mode,
+    weight = weights.take("weight", (num_experts, num_rows, num_columns * bits // 32), mx.uint32)
+    scales = weights.take("scales", groups, mx.floating if mode == "affine" else mx.uint8)
+    biases = weights.take("biases", groups) if mode == "affine" else None
+    if is_computable(quantization, weights.dtype, experts=True):
+        return ExpertMatrix(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+    dense = mx.dequantize(
+        weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=weights.dtype, stream=mx.cpu
     )
+    weights.taken.append(dense)
+    return ExpertMatrix(dense)

@@ -86,8 +86,11 @@ def _convert_override(block: JsonObject, where: str) -> Quantization:
 
 
 @functools.cache
-def is_computable(quantization: Quantization, dtype: mx.Dtype) -> bool:
-    """Whether MLX can multiply `dtype` with such a matrix on the default device, tried once; a warning if not."""
+def is_computable(quantization: Quantization, dtype: mx.Dtype, *, experts: bool = False) -> bool:
+    """Whether MLX can multiply `dtype` with such a matrix, or with matrices of `experts`, on the default device.
+
+    It is tried once; a warning says if not.
+    """
     n, k = 64, 512
     group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
     affine = mode == "affine"
@@ -99,6 +102,10 @@ def is_computable(quantization: Quantization, dtype: mx.Dtype) -> bool:
             x = mx.zeros((num_rows, k), dtype)
             mx.eval(mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
         mx.eval(mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
+        if experts:
+            ids, stacked_biases = mx.zeros((1,), mx.uint32), None if biases is None else biases[None]
+            stacked = weight[None], scales[None], stacked_biases
+            mx.eval(mx.gather_qmm(x, *stacked, rhs_indices=ids, group_size=group_size, bits=bits, mode=mode))
     except (RuntimeError, ValueError) as error:
         log.warning(
             "MLX can't compute %d-bit %s weights in groups of %d on this device; they are held as %s: %s",
