@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gguf_writer import write_gguf
 from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
+from mlx_server.chat.template_source import templates_of_gguf
 from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.checkpoint.gguf import GGUF, read_gguf
 from mlx_server.errors import ModelLoadError
@@ -75,6 +76,28 @@ def test_sentencepiece_without_space_prefix():
     encoding = tokenizer.encode("hello hello", add_special_tokens=False)
     assert encoding.tokens == ["hello", "▁hello"]
     assert tokenizer.decode(encoding.ids) == "hello hello"
+
+
+def test_an_escape_adds_no_space():
+    tokenizer = Tokenizer(tokenizer_from_gguf(sentencepiece()))
+    token_ids = tokenizer.encode_chat("hello" + tokenizer.escape("</s>hell<s> hello"))
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "hello</s>hell<s> hello"
+    assert not {1, 2} & set(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("templates", "source"),
+    [
+        ({}, (None, None)),
+        ({"": "a"}, ("a", None)),
+        ({"": "a", ".tool_use": "b", ".rag": "c"}, ("a", "b")),
+    ],
+)
+def test_templates(templates, source):
+    gguf = sentencepiece(**{f"tokenizer.chat_template{name}": text for name, text in templates.items()})
+    assert templates_of_gguf(gguf) == source
+    with pytest.raises(ModelLoadError, match="larger than 1 MB"):
+        templates_of_gguf(sentencepiece(**{"tokenizer.chat_template": "x" * (1 << 20 | 1)}))
 
 
 @pytest.mark.parametrize(

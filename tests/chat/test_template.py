@@ -1,3 +1,4 @@
+import copy
 import threading
 import time
 
@@ -48,6 +49,12 @@ def test_renders_as_transformers_does():
         ("{{ dict(a=1).a }}", "1"),
         ("{{ nothing }}{{ nothing is defined }}{{ tools is defined }}", "FalseFalse"),
         ("<b>{{ '<&>' }}</b>", "<b><&></b>"),
+        ("{{ ', '.join(['a', 'b']) }} {{ ['a', 'b'] | map('upper') | join('-') }}", "a, b A-B"),
+        ("{{ '-'.join(['a'] | map('upper')) }}{{ 'aa'.replace('a', 'b') | replace('b', 'c', 1) }}", "Acb"),
+        ("{{ [{'a': 1}, {'a': 2}] | join(', ', attribute='a') }}", "1, 2"),
+        ("{{ '<{}>'.format(7) }}{{ 2 * 3 + 1 }}{{ '-' * 3 }}{{ 7 % 4 }}", "<7>7---3"),
+        ("{{ 'a' ~ 1 ~ nothing ~ none }}", "a1None"),
+        ("{{ 'a\\nb' | indent(2) }}", "a\n  b"),
     ],
 )
 def test_dialect(source, rendered):
@@ -62,6 +69,59 @@ def test_tools_and_other_variables():
     template = ChatTemplate(CONTENTS + "{% if tools is defined %} {{ tools[0].name }}{% endif %} {{ enable_thinking }}")
     assert template.render(HI) == "hi "
     assert template.render(HI, tools=[{"name": "f"}], template_kwargs={"enable_thinking": False}) == "hi f False"
+
+
+CALL = {"name": "f", "arguments": '{"a": [1, "é"]}'}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rendered"),
+    [
+        ('{"a": [1, "é"]}', '{"a": [1, "é"]}'),
+        ({"a": 1}, '{"a": 1}'),
+        ("", '""'),  # no JSON: as the model wrote it
+        ('{"a"', '"{\\"a\\""'),
+        ("[" * 10_000, '"' + "[" * 10_000 + '"'),
+    ],
+)
+def test_arguments_of_tool_calls_are_objects(arguments, rendered):
+    source = CONTENTS + "{% for c in messages[-1].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert ChatTemplate(source).render([*HI, call]) == f"hi{rendered}"
+
+
+def test_a_template_for_tools_is_used_with_tools_only():
+    template = ChatTemplate(CONTENTS, tool_source=CONTENTS + " {{ tools[0].function.name }}{{ style }}")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert template.render(HI) == template.render(HI, tools=[]) == "hi"
+    assert template.render(HI, tools=tools) == "hi f"
+    assert template.render(HI, tools=tools, template_kwargs={"style": 1}) == "hi f1"
+    with pytest.raises(InvalidRequestError, match="reads only: none"):
+        template.render(HI, template_kwargs={"style": 1})
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        ChatTemplate(None, tool_source=CONTENTS).render(HI)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("{{ a }}{% if b is defined %}{% endif %}{{ c | default(1) }}", "a, b, c"),
+        ("{% if a is not defined %}{% set a = 1 %}{% endif %}{% set b = b | default(2) %}", "a, b"),
+        ("{% if 1 %}{% set a = 1 %}{% else %}{% set a = 2 %}{% endif %}{{ a }}", "none"),
+        ("{% for a in messages %}{{ a }}{{ loop.index }}{% endfor %}{% macro f(b) %}{{ b }}{% endmacro %}", "none"),
+        ("{{ bos_token }}{{ tools }}{{ range(1) }}{{ strftime_now('') }}{{ add_generation_prompt }}", "none"),
+    ],
+)
+def test_variables_that_can_be_set_are_known(source, names):
+    template = ChatTemplate(CONTENTS + source)
+    with pytest.raises(InvalidRequestError, match=f"reads only: {names}\\.$") as caught:
+        template.render(HI, template_kwargs={"unknown": True})
+    assert caught.value.param == "chat_template_kwargs.unknown"
+
+
+def test_variables_are_escaped_as_messages_are():
+    template = ChatTemplate(CONTENTS + "{{ date }}", escape=lambda text: text.replace("<x>", "_"))
+    assert template.render(HI, template_kwargs={"date": "<x>"}) == "hi_"
 
 
 # --- Forms of content ---
@@ -185,6 +245,71 @@ def test_a_template_that_runs_away_is_stopped(source, fault, monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_CHARS", 1 << 16)
     with pytest.raises(ModelLoadError, match=fault):
         ChatTemplate(source + CONTENTS)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'x' * 10 ** 10",
+        "10 ** 10 ** 10",
+        "[0] * 10 ** 10",
+        "10 ** 10 * messages",
+        "'x' | center(10000000000)",
+        "'x'.ljust(10000000000)",
+        "'%10000000000d' % 1",
+        "'%10000000000d' | format(1)",
+        "'{:10000000000}'.format(1)",
+        "'{:{}}'.format(1, '10000000000')",
+        "'x\n' | indent(10000000000)",
+        "'\t'.expandtabs(10000000000)",
+        "range(10000000000)",
+        "[1] | batch(10000000000, 0) | list",
+        "[1] | slice(10000000000) | list",
+        "{'x': 1} | tojson(indent=10000000000)",
+        "('x' * 10 ** 6).replace('x', 'x' * 10 ** 6)",
+        "('x' * 10 ** 6) | replace('x', 'x' * 10 ** 6)",
+        "('x' * 10 ** 6).join(['x'] * 10 ** 6)",
+        "['x'] * 10 ** 6 | join('x' * 10 ** 6)",
+        "('x' * 10 ** 6).join(['x'] * 10 ** 6 | map('upper'))",
+    ],
+)
+def test_no_expression_makes_a_huge_value(expression):
+    with pytest.raises(ModelLoadError):
+        ChatTemplate(CONTENTS + "{{ (" + expression + ") | length }}")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{% set x = x ~ x %}",
+        "{% set x = x + x %}",
+        "{% set x %}{{ x }}{{ x }}{% endset %}",
+        "{% set x = [x, x] | join %}",
+        "{% set x = x | replace('x', 'xx') %}",
+        "{% set x = x.replace('x', 'xx') %}",
+    ],
+)
+def test_no_steps_make_a_huge_value(step):
+    with pytest.raises(ModelLoadError, match="too long"):
+        ChatTemplate(CONTENTS + "{% set x = 'x' %}" + step * 50)
+
+
+def test_loops_without_output_and_calls_are_stopped(monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_RENDER_S", 0.05)
+    loops = "{% for a in x %}" * 6 + "{% endfor %}" * 6
+    with pytest.raises(ModelLoadError, match="takes too long"):
+        ChatTemplate(CONTENTS + "{% set x = [1] * 1000 %}" + loops)
+
+
+def test_messages_are_not_changed():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}], "tool_calls": [{"function": CALL}]}]
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    before = copy.deepcopy((messages, tools))
+    ChatTemplate(CONTENTS + "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}").render(messages, tools=tools)
+    assert (messages, tools) == before
+    for change in ("messages.append(1)", "messages[0].update(role='x')", "messages[0].pop('role')", "messages.clear()"):
+        with pytest.raises(ModelLoadError, match="can't render"):
+            ChatTemplate(CONTENTS + "{{ " + change + " }}")
 
 
 def test_threads_render_side_by_side():

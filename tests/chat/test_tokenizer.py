@@ -97,6 +97,25 @@ def test_any_tokens_can_be_streamed(token_ids):
     assert "".join(stream(token_ids)).replace("\ufffd", "") == TOKENIZER.decode(token_ids).replace("\ufffd", "")
 
 
+@pytest.mark.parametrize(
+    ("template", "end_token_ids"),
+    [
+        (None, [3]),
+        ("{{ messages }}", [3]),
+        ("<|im_start|>{{ messages }}<|im_end|>", [3, 256]),
+        ("{{ messages }}<|eot_id|>", [3, 257]),
+        ("{{ messages }}<end_of_turn>", [3, 258]),
+        ("{{ messages }}<|end|>", [3]),  # ends a part of a turn in some models
+    ],
+)
+def test_a_turns_end_in_the_template_ends_an_answer(template, end_token_ids):
+    backend = Backend(models.BPE(vocab={chr(i): i for i in range(256)}, merges=[]))
+    backend.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"])
+    assert Tokenizer(backend, templates=TemplateSource(template), end_token_ids=[3]).end_token_ids == end_token_ids
+    limited = Tokenizer(backend, templates=TemplateSource(template), end_token_ids=[3], num_embeddings=256)
+    assert limited.end_token_ids == [3]  # the model can't write what it has no embedding for
+
+
 # --- Model directories ---
 
 

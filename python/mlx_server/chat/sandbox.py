@@ -1,23 +1,27 @@
 """Runs chat templates: programs of strangers, which come with a model, on the words of other strangers.
 
 Jinja's immutable sandbox keeps them from Python's internals. Limits end those that run away: each loop's turn, call and
-written piece is checked, and no operator makes a value that is much larger than any prompt.
+written piece is checked, and neither operators nor methods of texts make a value that is much larger than any prompt.
+Out of their reach is only what one filter does with a list that holds itself in effect: `[x, x]` of `[x, x]` of ….
 """
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextvars import ContextVar
+from types import BuiltinMethodType
 from typing import Any, NoReturn
 
 from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_indent
+from jinja2.filters import do_indent, do_join
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
 from mlx_server.errors import InvalidRequestError, ModelLoadError
@@ -26,6 +30,7 @@ MAX_RENDER_S = 1.0  # of this thread's CPU time, so that a busy machine makes no
 MAX_CHARS = 16 << 20  # of all that a template writes, and of each value that it makes
 _MAX_BITS = 4096  # of a number that it makes
 _MAX_ARGUMENT = 1 << 20  # more than any width, indent or length that a template asks for
+_ANY_WIDTH = re.compile(r"[0-9]{4}|\{[^}]*\{")  # in a format: a large width, or one that is an argument
 
 
 class _Budget:
@@ -137,7 +142,17 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         _budget.get().spend()
         _check_arguments(*args, *kwargs.values())
+        if isinstance(function, BuiltinMethodType) and isinstance(function.__self__, str):
+            if function.__name__ == "join" and len(args) == 1:
+                args = (list(args[0]),)
+            _check_method(function.__self__, function.__name__, args)
         return super().call(context, function, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and _ANY_WIDTH.search(value.__self__):
+            raise SecurityError("a width that makes too large a text")
+        return wrapped
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         match operator:
@@ -174,6 +189,17 @@ def _check_arguments(*args: object) -> None:
         raise SecurityError("an argument that makes too large a value")
 
 
+def _check_method(text: str, name: str, args: Sequence[object]) -> None:
+    """Refuse a method of `text` whose result is far larger than what it gets."""
+    match name, *args:
+        case "replace", str() as old, str() as new, *_:
+            check_size(len(text) + text.count(old) * len(new))
+        case "join", list() as parts:
+            check_size(len(text) * len(parts) + sum(len(part) for part in parts if isinstance(part, str)))
+        case "join" | "translate" | "expandtabs", *_:
+            raise SecurityError(f"str.{name} of that")
+
+
 class _Namespace(Namespace):
     """`namespace()` without attributes that Python gives a meaning."""
 
@@ -205,8 +231,7 @@ class _GenerationTag(Extension):
 def _environment() -> _Environment:
     """Jinja as transformers sets it up for chat templates."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
-    environment.filters["tojson"] = _tojson
-    environment.filters["indent"] = _indent
+    environment.filters |= {"tojson": _tojson, "indent": _indent, "replace": _replace, "join": _join}
     for name in ("center", "format", "slice", "batch", "wordwrap", "filesizeformat", "pprint"):
         del environment.filters[name]  # no chat template uses them, and some make values of any size
     environment.globals |= {
@@ -239,6 +264,19 @@ def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = 
     _check_arguments(width)
     check_size(text.count("\n") * (width if isinstance(width, int) else len(width)))
     return do_indent(text, width, first, blank)
+
+
+def _replace(text: object, old: str, new: str, count: int = -1) -> str:
+    _check_method(str(text), "replace", (str(old), str(new)))
+    return str(text).replace(str(old), str(new), count)
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Iterable[object], separator: str = "", attribute: str | None = None) -> str:
+    parts = list(value)
+    _check_method(str(separator), "join", (parts,))
+    joined: str = do_join(context, parts, separator, attribute)
+    return joined
 
 
 def _raise_exception(message: object) -> NoReturn:
