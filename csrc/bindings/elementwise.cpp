@@ -18,6 +18,9 @@ void bind_elementwise(nb::module_& m) {
       "silu_mul", [](const array& gate, const array& up) { return silu_mul(gate, up); }, nb::arg("gate"),
       nb::arg("up"));
   m.def(
+      "gelu_mul", [](const array& gate, const array& up) { return gelu_mul(gate, up); }, nb::arg("gate"),
+      nb::arg("up"));
+  m.def(
       "rope",
       [](const array& x, const array& positions, const array& freqs, bool traditional) {
         return rope(x, positions, freqs, traditional);

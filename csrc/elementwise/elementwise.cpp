@@ -19,7 +19,7 @@ namespace mx = mlx::core;
 
 namespace {
 
-// What the three primitives share: they exist on CPU streams only.
+// What the primitives share: they exist on CPU streams only.
 class CpuPrimitive : public mx::UnaryPrimitive {
  public:
   using UnaryPrimitive::UnaryPrimitive;
@@ -61,22 +61,29 @@ class RmsNormPrimitive : public CpuPrimitive {
   float eps_;
 };
 
-class SiluMulPrimitive : public CpuPrimitive {
+class GatedMulPrimitive : public CpuPrimitive {
  public:
-  using CpuPrimitive::CpuPrimitive;
+  GatedMulPrimitive(mx::Stream stream, bool is_gelu) : CpuPrimitive(stream), is_gelu_(is_gelu) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     const mx::array gate = row_contiguous(inputs[0], stream()), up = row_contiguous(inputs[1], stream());
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    const SiluMul op{.gate = gate.data<float>(),
-                     .up = up.data<float>(),
-                     .y = out.data<float>(),
-                     .size = static_cast<std::int64_t>(out.size())};
-    dispatch([op] { silu_mul(op, ThreadPool::shared()); });
+    const GatedMul op{.gate = gate.data<float>(),
+                      .up = up.data<float>(),
+                      .y = out.data<float>(),
+                      .size = static_cast<std::int64_t>(out.size())};
+    dispatch([op, is_gelu = is_gelu_] {
+      is_gelu ? gelu_mul(op, ThreadPool::shared()) : silu_mul(op, ThreadPool::shared());
+    });
   }
 
-  DEFINE_DEFAULT_IS_EQUIVALENT()
-  DEFINE_NAME(SiluMul)
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return is_gelu_ == static_cast<const GatedMulPrimitive&>(other).is_gelu_;
+  }
+  DEFINE_NAME(GatedMul)
+
+ private:
+  bool is_gelu_;
 };
 
 class RopePrimitive : public CpuPrimitive {
@@ -117,6 +124,21 @@ bool has_kernel(const mx::array& x, const mx::Stream& stream) {
   return stream.device == mx::Device::cpu && x.dtype() == mx::float32 && x.size() > 0;
 }
 
+void check_gated(const char* op, const mx::array& gate, const mx::array& up) {
+  if (gate.shape() != up.shape() || gate.dtype() != up.dtype() || !is_floating(gate)) {
+    op_error(op, "gate and up must have one shape and floating point dtype but got ", gate.dtype(), " ", gate.shape(),
+             " and ", up.dtype(), " ", up.shape());
+  }
+}
+
+mx::array gelu_fallback(const mx::array& gate, mx::Stream s) {
+  const mx::array x = mx::astype(gate, mx::float32, s);
+  const mx::array cubed = mx::multiply(mx::multiply(x, x, s), x, s);
+  const mx::array inner = mx::add(x, mx::multiply(cubed, mx::array(0.044715f), s), s);
+  const mx::array share = mx::sigmoid(mx::multiply(inner, mx::array(1.5957691216f), s), s);  // 2 * sqrt(2 / pi)
+  return mx::astype(mx::multiply(x, share, s), gate.dtype(), s);
+}
+
 mx::array rope_fallback(const mx::array& x, const mx::array& positions, const mx::array& freqs, bool traditional,
                         mx::Stream s) {
   const int tokens = x.shape(0), heads = x.shape(1), d = x.shape(2), half = freqs.shape(0);
@@ -153,15 +175,21 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, mx::S
 }
 
 mx::array silu_mul(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
-  if (gate.shape() != up.shape() || gate.dtype() != up.dtype() || !is_floating(gate)) {
-    op_error("silu_mul", "gate and up must have one shape and floating point dtype but got ", gate.dtype(), " ",
-             gate.shape(), " and ", up.dtype(), " ", up.shape());
-  }
+  check_gated("silu_mul", gate, up);
   const mx::Stream stream = mx::to_stream(s);
   if (!has_kernel(gate, stream)) {
     return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, stream), stream), up, stream);
   }
-  return mx::array(gate.shape(), mx::float32, std::make_shared<SiluMulPrimitive>(stream), {gate, up});
+  return mx::array(gate.shape(), mx::float32, std::make_shared<GatedMulPrimitive>(stream, false), {gate, up});
+}
+
+mx::array gelu_mul(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
+  check_gated("gelu_mul", gate, up);
+  const mx::Stream stream = mx::to_stream(s);
+  if (!has_kernel(gate, stream)) {
+    return mx::multiply(gelu_fallback(gate, stream), up, stream);
+  }
+  return mx::array(gate.shape(), mx::float32, std::make_shared<GatedMulPrimitive>(stream, true), {gate, up});
 }
 
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& freqs, bool traditional,

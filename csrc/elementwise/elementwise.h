@@ -14,6 +14,9 @@ mlx::core::array rms_norm(const mlx::core::array& x, const mlx::core::array& wei
 // gate * sigmoid(gate) * up, all of one shape
 mlx::core::array silu_mul(const mlx::core::array& gate, const mlx::core::array& up, mlx::core::StreamOrDevice s = {});
 
+// gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3))) / 2 * up, all of one shape
+mlx::core::array gelu_mul(const mlx::core::array& gate, const mlx::core::array& up, mlx::core::StreamOrDevice s = {});
+
 // Pair i of each head's features turned by positions[t] / freqs[i]: features (i, i + R / 2), or (2i, 2i + 1) if
 // traditional x [T, H, D], positions int32 [T], freqs float32 [R / 2]  ->  [T, H, D]
 mlx::core::array rope(const mlx::core::array& x, const mlx::core::array& positions, const mlx::core::array& freqs,

@@ -54,9 +54,15 @@ void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& ker
   });
 }
 
-void silu_mul(const SiluMul& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
+void silu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
   for_each_chunk(op.size, 1, pool, [&](std::int64_t begin, std::int64_t end) {
     kernels.silu_mul({op.gate + begin, op.up + begin, op.y + begin, end - begin});
+  });
+}
+
+void gelu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
+  for_each_chunk(op.size, 1, pool, [&](std::int64_t begin, std::int64_t end) {
+    kernels.gelu_mul({op.gate + begin, op.up + begin, op.y + begin, end - begin});
   });
 }
 

@@ -17,7 +17,7 @@ struct RmsNorm {
   float eps;
 };
 
-struct SiluMul {
+struct GatedMul {
   const float *gate, *up;  // [size]
   float* y;                // [size]
   std::int64_t size;
@@ -36,7 +36,8 @@ struct Rope {
 struct ElementwiseKernels {
   const char* name;
   void (*rms_norm)(const RmsNorm& op);
-  void (*silu_mul)(const SiluMul& op);
+  void (*silu_mul)(const GatedMul& op);
+  void (*gelu_mul)(const GatedMul& op);
 };
 
 // The kernels that this processor can run, best first.
@@ -45,7 +46,8 @@ std::span<const ElementwiseKernels* const> elementwise_kernels();
 extern const ElementwiseKernels kElementwiseAvx2, kElementwisePortable;
 
 void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
-void silu_mul(const SiluMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
+void silu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
+void gelu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 void rope(const Rope& op, ThreadPool& pool);
 
 }  // namespace mlx_server

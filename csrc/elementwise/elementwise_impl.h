@@ -9,6 +9,7 @@ namespace mlx_server {
 namespace {
 
 constexpr int kVector = static_cast<int>(kLanes);
+constexpr float kGeluScale = 1.5957691216f, kGeluCube = 0.044715f;  // sqrt(8 / pi)
 
 // Vectors up to the end of an array: of the last one only the lanes inside are read and written; the others are 0.
 inline void load_part(Floats& v, const float* p, std::int64_t count) {
@@ -28,17 +29,35 @@ inline void store_part(float* p, const Floats& v, std::int64_t count) {
   }
 }
 
-void silu_mul_kernel(const SiluMul& op) {
+// x = 1 / (1 + e^-x), or e^x / (1 + e^x), which can't overflow, where x is negative.
+inline void sigmoid_of(Floats& x) {
+  const Ints is_negative = x < 0;
+  Floats e = is_negative ? x : -x;
+  exp_of(e);
+  const Floats numerator = is_negative ? e : Floats{} + 1.0f;
+  x = numerator / (e + 1.0f);
+}
+
+void silu_mul_kernel(const GatedMul& op) {
   for (std::int64_t i = 0; i < op.size; i += kVector) {
     Floats gate, up;
     load_part(gate, op.gate + i, op.size - i);
     load_part(up, op.up + i, op.size - i);
-    // sigmoid(x) is 1 / (1 + e^-x), and e^x / (1 + e^x), which can't overflow, where x is negative.
-    const Ints is_negative = gate < 0;
-    Floats e = is_negative ? gate : -gate;
-    exp_of(e);
-    const Floats numerator = is_negative ? e : Floats{} + 1.0f;
-    store_part(op.y + i, gate * (numerator / (e + 1.0f)) * up, op.size - i);
+    Floats share = gate;
+    sigmoid_of(share);
+    store_part(op.y + i, gate * share * up, op.size - i);
+  }
+}
+
+void gelu_mul_kernel(const GatedMul& op) {
+  for (std::int64_t i = 0; i < op.size; i += kVector) {
+    Floats gate, up;
+    load_part(gate, op.gate + i, op.size - i);
+    load_part(up, op.up + i, op.size - i);
+    // (1 + tanh(x)) / 2 is sigmoid(2 * x).
+    Floats share = gate * (gate * gate * (kGeluScale * kGeluCube) + kGeluScale);
+    sigmoid_of(share);
+    store_part(op.y + i, gate * share * up, op.size - i);
   }
 }
 

@@ -49,6 +49,33 @@ TEST(silu_mul_of_extreme_gates) {
   }
 }
 
+TEST(gelu_mul_agrees_with_its_definition) {
+  ThreadPool pool(3);
+  for (const ElementwiseKernels* kernels : mlx_server::elementwise_kernels()) {
+    for (const std::int64_t size : {0, 1, 7, 8, 9, 50'001}) {
+      const Floats gate = random(size, 3), up = random(size, 1);
+      Floats y(gate.size());
+      mlx_server::gelu_mul({gate.data(), up.data(), y.data(), size}, pool, *kernels);
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        const double x = gate[i], inner = std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
+        const double expected = x * up[i] / (1 + std::exp(-2 * inner));
+        // What rounds the exponent is multiplied by its size.
+        CHECK_NEAR(y[i], expected, 4e-7 * (1 + std::abs(2 * inner)) * std::abs(expected) + 1e-30);
+      }
+    }
+  }
+}
+
+TEST(gelu_mul_of_extreme_gates) {
+  ThreadPool pool(1);
+  for (const ElementwiseKernels* kernels : mlx_server::elementwise_kernels()) {
+    const Floats gate{0, 1e30f, -1e30f, INFINITY, NAN, -100, 100}, up(7, 1);
+    Floats y(7);
+    mlx_server::gelu_mul({gate.data(), up.data(), y.data(), 7}, pool, *kernels);
+    CHECK(y[0] == 0 && y[1] == 1e30f && y[2] == 0 && y[3] == INFINITY && std::isnan(y[4]) && y[5] == 0 && y[6] == 100);
+  }
+}
+
 TEST(silu_mul_does_not_depend_on_the_place) {
   for (const ElementwiseKernels* kernels : mlx_server::elementwise_kernels()) {
     const Floats gate = random(37, 3), up = random(37, 1);

@@ -1,4 +1,4 @@
-"""`rms_norm`, `silu_mul` and `rope` against NumPy oracles, with kernels and without, and against MLX's own ops."""
+"""The elementwise ops against NumPy oracles, with kernels and without, and against MLX's own ops."""
 
 import re
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_server.ops.activation import silu_mul
+from mlx_server.ops.activation import gelu_mul, silu_mul
 from mlx_server.ops.norm import rms_norm
 from mlx_server.ops.rope import rope
 from reference import elementwise as oracle
@@ -55,6 +55,15 @@ def test_silu_mul(shape: tuple[int, ...], dtype: mx.Dtype, tolerance: float) -> 
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [(576,), (1, 64), (3, 5, 31), (300, 100), (0, 8)])
+def test_gelu_mul(shape: tuple[int, ...], dtype: mx.Dtype, tolerance: float) -> None:
+    gate, up = (4 * make_x(*shape)).astype(dtype), make_x(*shape, seed=1).astype(dtype)
+    y = gelu_mul(gate, up)
+    assert y.dtype == dtype
+    assert_close(y, oracle.gelu_mul(wide(gate), wide(up)), tolerance)
+
+
+@DTYPES
 @pytest.mark.parametrize("traditional", [False, True])
 @pytest.mark.parametrize(
     "num_tokens, num_heads, d, half", [(1, 3, 64, 32), (300, 2, 16, 8), (5, 2, 11, 3), (0, 2, 8, 4)]
@@ -81,6 +90,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     ops = [
         lambda t: rms_norm(x[t], weight, 1e-6),
         lambda t: silu_mul(x[t], up[t]),
+        lambda t: gelu_mul(x[t], up[t]),
         lambda t: rope(x[t], positions[t], freqs),
     ]
     for op in ops:
@@ -107,6 +117,7 @@ def test_mistakes_are_named() -> None:
         (lambda: rms_norm(x, make_x(7), 1e-5), "[rms_norm] weight must be floating point [8] but got float32 (7)"),
         (lambda: rms_norm(positions, make_x(3), 1e-5), "[rms_norm] x must be floating point [..., D] but got int32"),
         (lambda: silu_mul(x, x[:2]), "[silu_mul] gate and up must have one shape and floating point dtype but got"),
+        (lambda: gelu_mul(x, x[:2]), "[gelu_mul] gate and up must have one shape and floating point dtype but got"),
         (lambda: silu_mul(x, x.astype(mx.float16)), "[silu_mul] gate and up must have one shape and floating point"),
         (lambda: rope(x[0], positions, freqs), "[rope] x must be floating point [T, H, D] but got float32 (2,8)"),
         (lambda: rope(x, positions[:2], freqs), "[rope] positions must be int32 [3] but got int32 (2)"),

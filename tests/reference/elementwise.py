@@ -16,6 +16,11 @@ def silu_mul(gate: Floats, up: Floats) -> NDArray[np.float64]:
     return wide / (1 + np.exp(-wide)) * up
 
 
+def gelu_mul(gate: Floats, up: Floats) -> NDArray[np.float64]:
+    wide = gate.astype(np.float64)
+    return 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))) * up
+
+
 def rope(
     x: Floats,  # [T, H, D]
     positions: NDArray[np.int32],  # [T]
