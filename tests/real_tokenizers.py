@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -46,12 +45,17 @@ def model_directory(name: str) -> Path:
     target = cache_dir() / "test-tokenizers" / f"{name}-{VERSION}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _download(name, model.sha256, Path(folder))
-            (Path(folder) / "config.json").write_text(json.dumps(model.config))
-            (Path(folder) / "generation_config.json").write_text(json.dumps(model.generation_config))
-            shutil.copytree(folder, f"{folder}.done")
-            Path(f"{folder}.done").rename(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            _download(name, model.sha256, folder)
+            (folder / "config.json").write_text(json.dumps(model.config))
+            (folder / "generation_config.json").write_text(json.dumps(model.generation_config))
+            try:
+                folder.rename(target)
+            except OSError:  # another run was faster
+                if not target.exists():
+                    raise
     return target
 
 
