@@ -260,3 +260,5 @@ def test_mistakes_are_named():
     ]:
         with pytest.raises(ValueError, match=re.escape("[route] " + message)):
             route(logits, top_k=top_k, scoring="softmax", normalize=True)
+    with pytest.raises(ValueError, match=re.escape("[route] scoring must be softmax or sigmoid but got relu")):
+        route(weights, top_k=1, scoring="relu", normalize=True)

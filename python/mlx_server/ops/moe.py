@@ -32,8 +32,10 @@ def route(
         experts [T, top_k] int32, best first, lower ids first among equals; weights [T, top_k] float32. A token whose
         scores are NaN gets the first experts and NaN.
     Raises:
-        ValueError: shape or dtype don't fit, or top_k is out of range.
+        ValueError: shape or dtype don't fit, top_k is out of range, or scoring is unknown.
     """
+    if scoring not in _SCORING:
+        raise ValueError(f"[route] scoring must be softmax or sigmoid but got {scoring}.")
     return _ext.route(logits, top_k=top_k, scoring=_SCORING[scoring], normalize=normalize)
 
 
