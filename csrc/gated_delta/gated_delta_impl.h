@@ -21,6 +21,7 @@ namespace mlx_server {
 namespace {
 
 constexpr int kChunk = 64;     // tokens
+constexpr int kBlock = 16;     // tokens of a chunk whose part of a triangle is one product
 constexpr int kFewTokens = 8;  // up to here one by one is faster
 constexpr float kNormEps = 1e-6f;
 
@@ -186,6 +187,16 @@ void multiply_add(int rows, int columns, int depth, Matrix a, const float* b, st
   }
 }
 
+// y [size] = factor * x [size]
+inline void scale(const float* x, int size, float factor, float* y) {
+  Floats v;
+  for (int i = 0; i < size; i += kLanes) {
+    load(v, x + i);
+    v *= factor;
+    store(y + i, v);
+  }
+}
+
 // to [columns, rows] = from [rows, columns]
 inline void transpose(const float* from, int rows, int columns, float* to, int to_row) {
   for (int i = 0; i < rows; ++i) {
@@ -222,7 +233,11 @@ void decayed_products(const Head& head, int t0, int n, const double* sum, ChunkM
   transpose(head.k + t0 * dk, n, dk, m.keys.data(), kChunk);
   for (auto [rows, products] : {std::pair(head.k, &m.key_products), std::pair(head.q, &m.query_products)}) {
     std::fill(products->begin(), products->end(), 0.0f);
-    multiply_add(n, columns, dk, {rows + t0 * dk, dk, 1}, m.keys.data(), kChunk, products->data(), kChunk);
+    for (int begin = 0; begin < n; begin += kBlock) {  // the triangle's blocks below the diagonal, and those on it
+      const int end = std::min(begin + kBlock, n), seen = std::min(end + 7, columns) / 8 * 8;
+      multiply_add(end - begin, seen, dk, {rows + (t0 + begin) * dk, dk, 1}, m.keys.data(), kChunk,
+                   products->data() + begin * kChunk, kChunk);
+    }
   }
   for (int i = 0; i < n; ++i) {
     float decay[kChunk];
@@ -248,12 +263,12 @@ void decayed_products(const Head& head, int t0, int n, const double* sum, ChunkM
 
 // Solves (1 + key_products) w = added, in place, for the chunk's n tokens.
 void solve(int n, int dv, ChunkMemory& m) {
-  constexpr int kBlock = 8;
+  constexpr int kTriangle = 8;
   for (auto& x : m.key_products) {
     x = -x;
   }
-  for (int begin = 0; begin < n; begin += kBlock) {
-    const int end = std::min(begin + kBlock, n);
+  for (int begin = 0; begin < n; begin += kTriangle) {
+    const int end = std::min(begin + kTriangle, n);
     float* const rows = m.added.data() + begin * dv;
     multiply_add(end - begin, dv, begin, {m.key_products.data() + begin * kChunk, kChunk, 1}, m.added.data(), dv, rows,
                  dv);
@@ -277,30 +292,32 @@ void scan_chunk(const Head& head, int t0, int n, ChunkMemory& m) {
   multiply_add(n, dv, dk, {head.q + t0 * dk, dk, 1}, m.state.data(), dv, m.sq.data(), dv);
   for (int i = 0; i < n; ++i) {
     const float decay = static_cast<float>(std::exp(sum[i])), beta = head.beta[static_cast<std::size_t>(t0 + i)];
-    const float* const v = head.v + (t0 + i) * dv;
-    for (int r = 0; r < dv; ++r) {
-      m.added[static_cast<std::size_t>(i * dv + r)] =
-          beta * (v[r] - decay * m.sk[static_cast<std::size_t>(i * dv + r)]);
-      m.sq[static_cast<std::size_t>(i * dv + r)] *= decay;
+    const float *const v = head.v + (t0 + i) * dv, *const sk = m.sk.data() + i * dv;
+    float *const sq = m.sq.data() + i * dv, *const added = m.added.data() + i * dv;
+    Floats x, y;
+    for (int r = 0; r < dv; r += kLanes) {
+      load(x, v + r);
+      load(y, sk + r);
+      x = beta * (x - decay * y);
+      store(added + r, x);
+      load(y, sq + r);
+      y *= decay;
+      store(sq + r, y);
     }
   }
   solve(n, dv, m);
-  for (int begin = 0; begin < n; begin += 16) {  // the triangle's blocks below the diagonal, and those on it
-    const int end = std::min(begin + 16, n);
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const int end = std::min(begin + kBlock, n);
     multiply_add(end - begin, dv, end, {m.query_products.data() + begin * kChunk, kChunk, 1}, m.added.data(), dv,
                  m.sq.data() + begin * dv, dv);
   }
   for (int i = 0; i < n; ++i) {
     std::copy_n(m.sq.data() + i * dv, dv, head.y + (t0 + i) * head.y_stride);
     const float decay = static_cast<float>(std::exp(sum[n - 1] - sum[i]));
-    for (int d = 0; d < dk; ++d) {
-      m.keys[static_cast<std::size_t>(i * dk + d)] = decay * head.k[(t0 + i) * dk + d];
-    }
+    scale(head.k + (t0 + i) * dk, dk, decay, m.keys.data() + i * dk);
   }
   const float decay = static_cast<float>(std::exp(sum[n - 1]));
-  for (float& s : m.state) {
-    s *= decay;
-  }
+  scale(m.state.data(), dk * dv, decay, m.state.data());
   multiply_add(dk, dv, n, {m.keys.data(), 1, dk}, m.added.data(), dv, m.state.data(), dv);
 }
 
