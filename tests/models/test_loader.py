@@ -213,6 +213,7 @@ def test_integers_are_no_weights(tmp_path):
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"hidden_size": "64"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
         ({"num_hidden_layers": 0}, r"Expected `int` >= 1 - at `\$.num_hidden_layers`"),
+        ({"num_hidden_layers": 1 << 30}, r"Expected `int` <= 4096 - at `\$.num_hidden_layers`"),
         ({"num_key_value_heads": 3}, "4 heads can't share 3 key-value heads"),
         ({"head_dim": 13}, "head size 13 must be even"),
         ({"hidden_act": "gelu"}, r"hidden_act"),

@@ -18,7 +18,7 @@ class DecoderArgs(msgspec.Struct, frozen=True, kw_only=True):
 
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[int, msgspec.Meta(gt=0, le=4096)]  # bounds what is done before a layer is missed
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None

@@ -102,7 +102,6 @@ class GatedDeltaNet:
         self.layer, self.eps = layer, args.rms_norm_eps
         self.num_key_heads, self.key_head_dim = args.linear_num_key_heads, args.linear_key_head_dim
         self.num_value_heads, self.value_head_dim = args.linear_num_value_heads, args.linear_value_head_dim
-        self.conv_channels = args.conv_channels
         qkvz_features = args.conv_channels + args.value_features
         self.in_proj_qkvz = Linear(weights.at("in_proj_qkvz"), args.hidden_size, qkvz_features)
         self.in_proj_ba = Linear(weights.at("in_proj_ba"), args.hidden_size, 2 * self.num_value_heads)
