@@ -20,9 +20,9 @@ GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "qwen3_next"])
+@pytest.fixture(scope="module", params=["llama", "mistral_swa", "gemma3_text", "qwen3_moe", "qwen3_next"])
 def directory(request) -> Path:
-    """Attention alone, with experts, and with recurrent layers."""
+    """Attention alone, with a window, with a window in some layers, with experts, and with recurrent layers."""
     return PARITY / request.param / "mlx-4bit"
 
 
@@ -58,6 +58,14 @@ def test_greedy_tokens_are_those_of_transformers(model, fixture, max_batch_token
     message = wire.Submit("a", fixture["prompt"], 32, [], GREEDY)
     tokens = generate(make_core(model, max_batch_tokens=max_batch_tokens), message)
     assert tokens == {"a": fixture["greedy"]}
+
+
+def test_blocks_behind_the_window_serve_other_requests() -> None:
+    directory = PARITY / "mistral_swa"
+    fixture = np.load(directory / "fixture.npz")
+    messages = [wire.Submit(name, fixture["prompt"].tolist(), 32, [], GREEDY) for name in "abc"]
+    core = make_core(load_model(str(directory)), num_blocks=10, max_batch_tokens=16)  # all of one take 5
+    assert generate(core, *messages, stagger=3) == dict.fromkeys("abc", fixture["greedy"].tolist())
 
 
 def seeded(model: Model) -> list[wire.Submit]:
