@@ -1,13 +1,16 @@
-"""One request on the demo model: prefill and decode of our engine and of mlx-lm, in one run.
+"""The demo model from prompt to answer: our engine, mlx-lm and llama.cpp on the same weights, in one run.
 
-mlx-lm gets the same weights, with float32 scales: its fastest form on a CPU.
+mlx-lm gets float32 scales, its fastest form on a CPU. llama.cpp is the build in PyPI's `xllamacpp`; unlike the others
+it rounds activations to 8 bits. Peers that are not installed are skipped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 
 from mlx_server import wire
@@ -19,36 +22,31 @@ from mlx_server.models.gguf import load_gguf_tensors
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
 
-PREFILL_TOKENS = 128
-DECODE_TOKENS = 32
+VOCAB_SIZE = 49152
+NUM_STREAMS = 8
 
-# Starts greedy generation of so many tokens after a prompt; each call of the result waits for the next token.
-Start = Callable[[list[int], int], Callable[[], None]]
+# Answers all prompts at once, each greedily with so many tokens.
+Complete = Callable[[list[list[int]], int], None]
 
 
-def start_ours(path: Path) -> Start:
+def ours(path: Path) -> Complete:
     model = load_model(str(path))
     core = make_engine_core(model, plan_memory(model))
 
-    def start(prompt: list[int], max_tokens: int) -> Callable[[], None]:
-        while core.has_work:  # the step that was in flight when the last request ended
+    def complete(prompts: list[list[int]], max_tokens: int) -> None:
+        for i, prompt in enumerate(prompts):
+            refused = core.submit(b"", wire.Submit(str(i), prompt, max_tokens, [], SamplingParams(temperature=0.0)))
+            assert refused is None
+        while core.has_work:
             core.step()
-        refused = core.submit(b"", wire.Submit("bench", prompt, max_tokens, [], SamplingParams(temperature=0.0)))
-        assert refused is None
 
-        def next_token() -> None:
-            while not core.step():
-                pass
-
-        return next_token
-
-    return start
+    return complete
 
 
-def start_mlx_lm(path: Path) -> Start:
+def mlx_lm(path: Path) -> Complete:
     pytest.importorskip("mlx_lm")
     from mlx import nn  # noqa: PLC0415
-    from mlx_lm.generate import generate_step  # noqa: PLC0415
+    from mlx_lm.generate import BatchGenerator, generate_step  # noqa: PLC0415
     from mlx_lm.models import llama  # noqa: PLC0415
 
     header, config = read_gguf(path), load_config(path)
@@ -65,54 +63,64 @@ def start_mlx_lm(path: Path) -> Start:
     )
     mx.eval(model.parameters())
 
-    def start(prompt: list[int], max_tokens: int) -> Callable[[], None]:
-        tokens = generate_step(mx.array(prompt), model, max_tokens=max_tokens)
-        return lambda: next(tokens)  # type: ignore[return-value]
+    def complete(prompts: list[list[int]], max_tokens: int) -> None:
+        if len(prompts) == 1:
+            for _ in generate_step(mx.array(prompts[0]), model, max_tokens=max_tokens):
+                pass
+            return
+        generator = BatchGenerator(model, max_tokens=max_tokens, completion_batch_size=len(prompts))
+        generator.insert(prompts)
+        num_open = len(prompts)
+        while num_open:
+            num_open -= sum(response.finish_reason is not None for response in generator.next_generated())
+        generator.close()
 
-    return start
+    return complete
 
 
-@pytest.fixture(scope="module", params=[start_ours, start_mlx_lm], ids=["mlx-server", "mlx-lm"])
-def start(request, demo_gguf) -> Start:
+def llama_cpp(path: Path) -> Complete:
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel = NUM_STREAMS
+    params.n_ctx = 8192
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = psutil.cpu_count(logical=False)
+    server = xllamacpp.Server(params)
+
+    def complete(prompts: list[list[int]], max_tokens: int) -> None:
+        prompt: Any = prompts if len(prompts) > 1 else prompts[0]
+        answer = server.handle_completions(
+            {"prompt": prompt, "n_predict": max_tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        )
+        assert all(choice["finish_reason"] == "length" for choice in answer["choices"]), answer
+
+    return complete
+
+
+@pytest.fixture(scope="module", params=[ours, mlx_lm, llama_cpp], ids=["mlx-server", "mlx-lm", "llama.cpp"])
+def complete(request, demo_gguf) -> Complete:
     mx.reset_peak_memory()
     return request.param(demo_gguf)
 
 
-def prompts(num_tokens: int):
+def random_prompts(num_tokens: int) -> Iterator[list[int]]:
     """A new prompt each time, so that no cache helps."""
     rng = np.random.default_rng(0)
     while True:
-        yield rng.integers(0, 49152, num_tokens).tolist()
+        yield rng.integers(1000, VOCAB_SIZE, num_tokens).tolist()
 
 
-@pytest.mark.benchmark(group=f"prefill of {PREFILL_TOKENS} tokens, first token included")
-def bench_prefill(benchmark, start):
-    prompt = prompts(PREFILL_TOKENS)
-
-    def prefill():
-        start(next(prompt), 1)()
-
-    benchmark.pedantic(prefill, rounds=3, warmup_rounds=1)
-    report(benchmark, PREFILL_TOKENS)
-
-
-@pytest.mark.benchmark(group=f"decode of {DECODE_TOKENS} tokens after 16, batch of one")
-def bench_decode(benchmark, start):
-    prompt = prompts(16)
+@pytest.mark.parametrize(
+    ("num_streams", "prompt_tokens", "answer_tokens"), [(1, 256, 1), (1, 8, 64), (NUM_STREAMS, 8, 64)]
+)
+def bench_completion(benchmark, complete, num_streams, prompt_tokens, answer_tokens):
+    benchmark.group = f"{num_streams} at once: {prompt_tokens} prompt tokens, {answer_tokens} answer tokens"
+    prompts = random_prompts(prompt_tokens)
 
     def setup():
-        next_token = start(next(prompt), DECODE_TOKENS + 1)
-        next_token()
-        return (next_token,), {}
+        return ([next(prompts) for _ in range(num_streams)], answer_tokens), {}
 
-    def decode(next_token):
-        for _ in range(DECODE_TOKENS):
-            next_token()
-
-    benchmark.pedantic(decode, setup=setup, rounds=3, warmup_rounds=1)
-    report(benchmark, DECODE_TOKENS)
-
-
-def report(benchmark, num_tokens: int) -> None:
+    benchmark.pedantic(complete, setup=setup, rounds=3, warmup_rounds=1)
+    num_tokens = num_streams * (prompt_tokens + answer_tokens - 1)
     benchmark.extra_info["tokens_per_s"] = round(num_tokens / benchmark.stats.stats.min, 1)
-    benchmark.extra_info["peak_memory_mb"] = mx.get_peak_memory() // 1_000_000
+    benchmark.extra_info["mlx_peak_memory_mb"] = mx.get_peak_memory() // 1_000_000
