@@ -198,7 +198,7 @@ void check_gpu(std::vector<int> query_lens, std::vector<char> fresh, double tole
   const int num_rows = static_cast<int>(query_lens.size());
   std::vector<int> rows;
   for (int row = 0, token = 0; row < num_rows; token += query_lens[row++]) {
-    rows.insert(rows.end(), {token, query_lens[row], fresh[row]});
+    for (int value : {token, query_lens[row], int{fresh[row]}}) rows.push_back(value);
   }
   std::vector<float> mixed(c.qkv.size()), state(c.state.size() / kSlots * query_lens.size());
   std::vector<T> conv(c.conv_state.size() / kSlots * query_lens.size());
