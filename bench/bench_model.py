@@ -111,7 +111,7 @@ def random_prompts(num_tokens: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("num_streams", "prompt_tokens", "answer_tokens"), [(1, 256, 1), (1, 8, 64), (NUM_STREAMS, 8, 64)]
+    ("num_streams", "prompt_tokens", "answer_tokens"), [(1, 128, 1), (1, 8, 32), (NUM_STREAMS, 8, 32)]
 )
 def bench_completion(benchmark, complete, num_streams, prompt_tokens, answer_tokens):
     benchmark.group = f"{num_streams} at once: {prompt_tokens} prompt tokens, {answer_tokens} answer tokens"
@@ -120,7 +120,7 @@ def bench_completion(benchmark, complete, num_streams, prompt_tokens, answer_tok
     def setup():
         return ([next(prompts) for _ in range(num_streams)], answer_tokens), {}
 
-    benchmark.pedantic(complete, setup=setup, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(complete, setup=setup, rounds=2, warmup_rounds=1)
     num_tokens = num_streams * (prompt_tokens + answer_tokens - 1)
     benchmark.extra_info["tokens_per_s"] = round(num_tokens / benchmark.stats.stats.min, 1)
     benchmark.extra_info["mlx_peak_memory_mb"] = mx.get_peak_memory() // 1_000_000
