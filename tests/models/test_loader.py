@@ -9,7 +9,7 @@ import pytest
 
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
-from mlx_server.models.quantize import is_computable
+from mlx_server.models.probe import is_computable
 from models.checkpoints import CONFIG, dequantized, quantized, random_weights, save
 from models.dense_kv import prompt_logits
 from reference.llama import llama_logits

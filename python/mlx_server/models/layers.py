@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import KVSpec, StateSpec, StepContext
 from mlx_server.models.config import DecoderArgs
-from mlx_server.models.quantize import Quantization, is_computable
+from mlx_server.models.probe import is_computable
+from mlx_server.models.quantize import Quantization
 from mlx_server.models.rope import RopeParameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul

@@ -8,7 +8,7 @@ import msgspec
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.config import Count, DecoderArgs
 from mlx_server.models.layers import Linear
-from mlx_server.models.quantize import is_computable
+from mlx_server.models.probe import is_computable
 from mlx_server.models.weights import Weights
 from mlx_server.ops.moe import ExpertMatrix, moe_mlp, route
 

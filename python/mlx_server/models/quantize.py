@@ -1,17 +1,12 @@
 """The `quantization` block of an MLX checkpoint's config.json."""
 
-import functools
-import logging
 from typing import Literal
 
-import mlx.core as mx
 import msgspec
 
 from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.config import convert
-
-log = logging.getLogger(__name__)
 
 GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
@@ -83,40 +78,6 @@ def _convert_override(block: JsonObject, where: str) -> Quantization:
     mode = block.get("mode", "affine")
     group_size, bits = _DEFAULTS.get(mode, _DEFAULTS["affine"]) if isinstance(mode, str) else _DEFAULTS["affine"]
     return convert({"group_size": group_size, "bits": bits, **block}, Quantization, where)
-
-
-@functools.cache
-def is_computable(quantization: Quantization, dtype: mx.Dtype, *, experts: bool = False) -> bool:
-    """Whether MLX can multiply `dtype` with such a matrix, or with matrices of `experts`, on the default device.
-
-    It is tried once; a warning says if not.
-    """
-    n, k = 64, 512
-    group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
-    affine = mode == "affine"
-    weight = mx.zeros((n, k * bits // 32), mx.uint32)
-    scales = mx.zeros((n, k // group_size), dtype if affine else mx.uint8)
-    biases = scales if affine else None
-    try:
-        for num_rows in (1, 64):  # a decode and a prompt take different kernels
-            x = mx.zeros((num_rows, k), dtype)
-            mx.eval(mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
-        mx.eval(mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode))
-        if experts:
-            ids, stacked_biases = mx.zeros((1,), mx.uint32), None if biases is None else biases[None]
-            stacked = weight[None], scales[None], stacked_biases
-            mx.eval(mx.gather_qmm(x, *stacked, rhs_indices=ids, group_size=group_size, bits=bits, mode=mode))
-    except (RuntimeError, ValueError) as error:
-        log.warning(
-            "MLX can't compute %d-bit %s weights in groups of %d on this device; they are held as %s: %s",
-            bits,
-            mode,
-            group_size,
-            dtype,
-            error,
-        )
-        return False
-    return True
 
 
 def _or(values: tuple[int, ...]) -> str:
