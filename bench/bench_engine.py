@@ -23,7 +23,7 @@ from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
 
 VOCAB_SIZE = 49152
-NUM_STREAMS = 8
+STREAMS = [1, 2, 4, 8, 16, 32]
 
 # Answers all prompts at once, each greedily with so many tokens.
 Complete = Callable[[list[list[int]], int], None]
@@ -82,8 +82,8 @@ def llama_cpp(path: Path) -> Complete:
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_parallel = NUM_STREAMS
-    params.n_ctx = 8192
+    params.n_parallel = max(STREAMS)
+    params.n_ctx = 256 * max(STREAMS)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = psutil.cpu_count(logical=False)
     server = xllamacpp.Server(params)
 
@@ -111,7 +111,7 @@ def random_prompts(num_tokens: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("num_streams", "prompt_tokens", "answer_tokens"), [(1, 128, 1), (1, 8, 32), (NUM_STREAMS, 8, 32)]
+    ("num_streams", "prompt_tokens", "answer_tokens"), [(1, 128, 1), *((num_streams, 8, 32) for num_streams in STREAMS)]
 )
 def bench_completion(benchmark, complete, num_streams, prompt_tokens, answer_tokens):
     benchmark.group = f"{num_streams} at once: {prompt_tokens} prompt tokens, {answer_tokens} answer tokens"
@@ -120,7 +120,7 @@ def bench_completion(benchmark, complete, num_streams, prompt_tokens, answer_tok
     def setup():
         return ([next(prompts) for _ in range(num_streams)], answer_tokens), {}
 
-    benchmark.pedantic(complete, setup=setup, rounds=2, warmup_rounds=1)
+    benchmark.pedantic(complete, setup=setup, rounds=2, warmup_rounds=0)
     num_tokens = num_streams * (prompt_tokens + answer_tokens - 1)
     benchmark.extra_info["tokens_per_s"] = round(num_tokens / benchmark.stats.stats.min, 1)
     benchmark.extra_info["mlx_peak_memory_mb"] = mx.get_peak_memory() // 1_000_000
