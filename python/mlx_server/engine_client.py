@@ -11,7 +11,6 @@ import os
 import queue
 import select
 import threading
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from mlx_server.errors import OverloadedError
-from mlx_server.sampling_params import SamplingParams
 from mlx_server.wire import (
     MAX_FRAME_BYTES,
     Cancel,
@@ -52,12 +50,19 @@ _END_OF_CONNECTION = (
 
 
 class EngineStream:
-    """The outputs of one submitted request: any number of `Tokens`, then one `Finished` or `Failed`."""
+    """The outputs of requests that are read together: of each any number of `Progress` and `Tokens`, then one
+    `Finished` or `Failed`."""
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
-        self.request_id = request_id
+    def __init__(self, submit: Callable[["EngineStream", Submit], None], cancel: Callable[[str], None]) -> None:
+        self._submit = submit
         self._cancel = cancel
+        self.request_ids: list[str] = []
         self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+    def submit(self, submit: Submit) -> None:
+        """Start a request. OverloadedError while the engine is starting."""
+        self._submit(self, submit)
+        self.request_ids.append(submit.request_id)
 
     def get(self, timeout_s: float) -> list[RequestOutput] | None:
         """All outputs that are there; waits up to `timeout_s` for the first. None: nothing came in that time."""
@@ -69,9 +74,14 @@ class EngineStream:
             outputs.append(self._outputs.get_nowait())  # this thread is the only reader
         return outputs
 
+    def cancel(self, request_id: str) -> None:
+        """End a request, if it still runs, and let the engine drop its work. May be called more than once."""
+        self._cancel(request_id)
+
     def close(self) -> None:
-        """End the request, if it still runs, and let the engine drop its work. May be called more than once."""
-        self._cancel(self.request_id)
+        """End all requests."""
+        for request_id in self.request_ids:
+            self._cancel(request_id)
 
     def put(self, output: RequestOutput) -> None:
         """For the client's background thread."""
@@ -86,7 +96,7 @@ class EngineClient:
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._lock = threading.Lock()  # guards _info and _streams
         self._info: EngineInfo | None = None
-        self._streams: dict[str, EngineStream] = {}
+        self._streams: dict[str, EngineStream] = {}  # by request
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -111,27 +121,16 @@ class EngineClient:
         with self._lock:
             return self._ready_info()
 
-    def submit(
-        self, prompt_token_ids: list[int], max_tokens: int, end_token_ids: list[int], sampling: SamplingParams
-    ) -> EngineStream:
-        """Start a request. OverloadedError while the engine is starting."""
-        stream = EngineStream(uuid.uuid4().hex, self._cancel)
-        message = Submit(stream.request_id, prompt_token_ids, max_tokens, end_token_ids, sampling)
-        frame = _encode(message)
-        with self._lock:
-            self._ready_info()
-            self._streams[stream.request_id] = stream
-            self._outbox.put(frame)
-        self._wake()
-        return stream
+    def open_stream(self) -> EngineStream:
+        return EngineStream(self._submit, self._cancel)
 
     def fail_streams(self, code: str, message: str) -> None:
         """End every open stream with a `Failed` of our own and forget the engine until it says `EngineInfo` again."""
         with self._lock:
             self._info = None
             streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.put(Failed(stream.request_id, code, message))
+        for request_id, stream in streams.items():
+            stream.put(Failed(request_id, code, message))
 
     def _ready_info(self) -> EngineInfo:
         if self._info is None:
@@ -139,6 +138,14 @@ class EngineClient:
                 "The engine is starting; try again soon.", code="engine_starting", retry_after_s=_RETRY_AFTER_S
             )
         return self._info
+
+    def _submit(self, stream: EngineStream, submit: Submit) -> None:
+        frame = _encode(submit)
+        with self._lock:
+            self._ready_info()
+            self._streams[submit.request_id] = stream
+            self._outbox.put(frame)
+        self._wake()
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:

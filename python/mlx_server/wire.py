@@ -28,9 +28,16 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
     request_id: str  # unique in the connection
     prompt_token_ids: list[int]  # not empty
-    max_tokens: int  # >= 1; prompt + max_tokens <= context_length
+    max_tokens: int  # >= 1, or 0 with prompt_logprobs; prompt + max_tokens <= context_length
     end_token_ids: list[int]  # generation stops at any of these; it is counted but not sent
     sampling: SamplingParams
+    priority: int = 0  # lower is served first
+    client: str = ""  # whose fair share it is
+    cache_salt: str = ""  # namespace of the prefix cache
+    deadline_s: float | None = None  # from its arrival in the engine
+    prompt_logprobs: int | None = None  # scores the prompt; such a request does not read the prefix cache
+    progress: bool = False  # send `Progress` after each prefill step
+    grammar: str | None = None  # what the output must match, as JSON that llguidance reads
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -52,11 +59,38 @@ class EngineInfo(msgspec.Struct, tag=True, frozen=True):
     vocab_size: int
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural logarithms of probabilities at one position."""
+
+    logprob: float  # of the token that is there
+    top_ids: list[int]  # the likeliest tokens, best first
+    top_logprobs: list[float]  # of top_ids
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where a request's time went."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """How much of the prompt is computed."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_computed_tokens: int  # with the cached ones
+
+
 class Tokens(msgspec.Struct, tag=True, frozen=True):
     """New tokens of a request that goes on."""
 
     request_id: str
     token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # on the first message, if asked for: of all but the first token
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -67,6 +101,10 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     finish_reason: FinishReason
     num_cached_tokens: int  # prompt tokens that were not computed because their KV was already there
     num_output_tokens: int
+    stop_token_id: int | None = None  # the end token that was drawn
+    logprobs: list[TokenLogprobs] | None = None  # as in `Tokens`
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    timings: Timings | None = None
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -77,7 +115,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-RequestOutput = Tokens | Finished | Failed
+RequestOutput = Tokens | Progress | Finished | Failed
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True):

@@ -1,4 +1,5 @@
 import threading
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -9,11 +10,13 @@ from fake_engine import END, Backend, FakeEngine, answer, endless, silent, until
 from mlx_server.engine_client import EngineClient, EngineStream
 from mlx_server.errors import OverloadedError
 from mlx_server.sampling_params import SamplingParams
-from mlx_server.wire import EngineInfo, Failed, Finished, RequestOutput, StepOutput, Tokens
+from mlx_server.wire import EngineInfo, Failed, Finished, RequestOutput, StepOutput, Submit, Tokens
 
 
 def submit(client: EngineClient, max_tokens: int = 50) -> EngineStream:
-    return client.submit([1, 2, 3], max_tokens, [END], SamplingParams())
+    stream = client.open_stream()
+    stream.submit(Submit(uuid.uuid4().hex, [1, 2, 3], max_tokens, [END], SamplingParams()))
+    return stream
 
 
 def read(stream: EngineStream) -> list[RequestOutput]:
@@ -49,7 +52,7 @@ def test_many_threads_share_a_client(backend: Backend) -> None:
     def work() -> None:
         for _ in range(10):
             outputs = read(submit(backend.client))
-            counts.append(sum(len(output.token_ids) for output in outputs if not isinstance(output, Failed)))
+            counts.append(sum(len(output.token_ids) for output in outputs if isinstance(output, Tokens | Finished)))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -80,7 +83,7 @@ def test_close_cancels_once_and_nothing_comes_after_it(backend: Backend) -> None
     read_later = submit(backend.client)
     assert read_later.get(10.0)
     assert stream.get(0.0) is None
-    assert backend.engine.cancelled == [stream.request_id]
+    assert backend.engine.cancelled == stream.request_ids
     read_later.close()
 
 
@@ -116,7 +119,7 @@ def test_the_engines_death_ends_every_open_stream_once(backend: Backend) -> None
     for stream in streams:
         last = read(stream)[-1]
         assert isinstance(last, Failed)
-        assert (last.request_id, last.code) == (stream.request_id, "engine_died")
+        assert (last.request_id, last.code) == (stream.request_ids[0], "engine_died")
     with pytest.raises(OverloadedError):
         submit(backend.client)
     backend.engine = FakeEngine(backend.address)
@@ -182,8 +185,25 @@ def test_one_step_may_hold_outputs_of_several_requests(backend: Backend) -> None
     streams = [submit(backend.client) for _ in range(2)]
     until(lambda: len(backend.engine.running) == 2)
     backend.engine.script = lambda _: iter([])
-    connection = backend.engine._connections[streams[0].request_id]
-    outputs: list[RequestOutput] = [Finished(stream.request_id, [5], "length", 0, 1) for stream in streams]
+    connection = backend.engine._connections[streams[0].request_ids[0]]
+    outputs: list[RequestOutput] = [Finished(stream.request_ids[0], [5], "length", 0, 1) for stream in streams]
     backend.engine.outbox.put((connection, StepOutput(outputs)))
     for stream, output in zip(streams, outputs, strict=True):
         assert read(stream) == [output]
+
+
+def test_a_stream_may_hold_several_requests(backend: Backend) -> None:
+    backend.engine.script = answer("Hi")
+    stream = submit(backend.client)
+    stream.submit(Submit("another", [4], 1, [END], SamplingParams()))
+    outputs: list[RequestOutput] = []
+    while sum(isinstance(output, Finished) for output in outputs) < 2:
+        outputs += stream.get(10.0) or []
+    assert {output.request_id for output in outputs} == {*stream.request_ids}
+    backend.engine.script = endless
+    stream.submit(Submit("a third", [5], 9, [END], SamplingParams()))
+    stream.submit(Submit("a fourth", [6], 9, [END], SamplingParams()))
+    stream.cancel("a third")
+    until(lambda: backend.engine.cancelled == ["a third"])
+    stream.close()
+    until(lambda: backend.engine.cancelled == ["a third", "a fourth"])

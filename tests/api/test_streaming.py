@@ -180,7 +180,7 @@ def make_body(
     from fake_engine import fake_model  # noqa: PLC0415
 
     request = ChatRequest(
-        messages=[ChatMessage("user", "hi")], sampling=SamplingParams(), max_tokens=50, stop=stop or []
+        messages=[ChatMessage(role="user", content="hi")], sampling=SamplingParams(), max_tokens=50, stop=stop or []
     )
     generation = Generation(fake_model(), backend.client, request, timeout_s)
     return generation, SseBody(generation, ChunkEncoder("m", "f", False), Client(create_req()), [])

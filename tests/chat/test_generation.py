@@ -15,7 +15,7 @@ PROMPT = "user: hi\n"
 
 def start(backend: Backend, *, timeout_s: float = 30.0, **changes: Any) -> Generation:
     fields: dict[str, Any] = {"sampling": SamplingParams(seed=1), "max_tokens": 50}
-    request = ChatRequest(**({"messages": [ChatMessage("user", "hi")]} | fields | changes))
+    request = ChatRequest(**({"messages": [ChatMessage(role="user", content="hi")]} | fields | changes))
     return Generation(fake_model(), backend.client, request, timeout_s)
 
 
@@ -98,13 +98,13 @@ def test_max_tokens_is_clipped_to_the_room_left(backend: Backend) -> None:
 @pytest.mark.parametrize("length, message", [(93, "100 tokens"), (700, "707 tokens"), (2000, "2007 bytes")])
 def test_a_prompt_that_leaves_no_room_never_reaches_the_engine(backend: Backend, length: int, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"maximum context length is 100 tokens.* {message}") as error:
-        start(backend, messages=[ChatMessage("user", "x" * length)])
+        start(backend, messages=[ChatMessage(role="user", content="x" * length)])
     assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
     assert not backend.engine.submits
 
 
 def test_the_longest_prompt_leaves_one_token(backend: Backend) -> None:
-    text, done = collect(start(backend, messages=[ChatMessage("user", "x" * 92)]))
+    text, done = collect(start(backend, messages=[ChatMessage(role="user", content="x" * 92)]))
     assert (text, done.finish_reason, done.usage.num_prompt_tokens) == ("H", "length", 99)
 
 

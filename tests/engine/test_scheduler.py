@@ -62,9 +62,9 @@ class Collector:
         for connection, output in outputs:
             assert connection == API
             assert output.request_id not in self.ends
-            if not isinstance(output, wire.Failed):
+            if isinstance(output, wire.Tokens | wire.Finished):
                 self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            if not isinstance(output, wire.Tokens):
+            if isinstance(output, wire.Finished | wire.Failed):
                 self.ends[output.request_id] = output
 
     def run_until_idle(self, core: EngineCore) -> None:

@@ -1,6 +1,7 @@
 """One request's way from messages to events: render, tokenize, submit, detokenize, stop."""
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -10,7 +11,7 @@ from mlx_server.chat.stop import StopFilter
 from mlx_server.chat.types import ChatRequest, Done, Event, TextDelta, Usage
 from mlx_server.engine_client import EngineClient
 from mlx_server.errors import GenerationError, InvalidRequestError, OverloadedError, RequestTimeoutError
-from mlx_server.wire import EngineInfo, Failed, Finished, FinishReason, Tokens
+from mlx_server.wire import EngineInfo, Failed, Finished, FinishReason, Submit, Tokens
 
 # More bytes a token of context than any real prompt has; longer ones are refused without the work of tokenizing them.
 _MAX_BYTES_PER_TOKEN = 8
@@ -36,7 +37,10 @@ class Generation:
         self._stop_filter = StopFilter(request.stop)
         self.finished = False
         max_tokens = min(request.max_tokens, info.context_length - len(prompt_token_ids))
-        self._stream = engine.submit(prompt_token_ids, max_tokens, model.end_token_ids, request.sampling)
+        self._stream = engine.open_stream()
+        self._stream.submit(
+            Submit(uuid.uuid4().hex, prompt_token_ids, max_tokens, model.end_token_ids, request.sampling)
+        )
 
     def poll(self, timeout_s: float) -> list[Event]:
         """The next events: at most one `TextDelta`, and `Done` at the end. Empty: there was no text in `timeout_s`.

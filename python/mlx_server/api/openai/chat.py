@@ -84,14 +84,16 @@ def _to_chat_message(message: Message, path: str) -> ChatMessage:
     for field in unsupported_fields(message):
         field_path = f"{path}.{field}"
         raise InvalidRequestError(f"`{field_path}` is not supported yet.", param=field_path, code="unsupported")
-    if message.role in ("tool", "function"):
+    if message.role == "tool" or message.role == "function":  # noqa: PLR1714 - mypy narrows only this form
         fault = f"`{path}.role`: messages of role {message.role} are not supported yet."
         raise InvalidRequestError(fault, param=f"{path}.role", code="unsupported")
     if message.content is None:
         raise InvalidRequestError(f"`{path}.content` is missing.", param=f"{path}.content")
     content = message.content if isinstance(message.content, str) else _to_text(message, f"{path}.content")
     _refuse_nul(content, f"{path}.content")
-    return ChatMessage("system" if message.role == "developer" else message.role, content, message.name)
+    return ChatMessage(
+        role="system" if message.role == "developer" else message.role, content=content, name=message.name
+    )
 
 
 def _to_text(message: Message, path: str) -> str:
@@ -208,6 +210,7 @@ class ChunkEncoder:
             case Done():
                 self._usage = _to_usage(event.usage)
                 return self._chunk(ChunkChoice(delta={}, finish_reason=event.finish_reason))
+        raise NotImplementedError(event)
 
     def _chunk(self, choice: ChunkChoice) -> bytes:
         return frame(_encode(msgspec.structs.replace(self._template, choices=[choice])))
