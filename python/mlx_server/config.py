@@ -18,6 +18,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     rate_limit: int = 0  # requests a minute and client; 0: off
     timeout_s: float = 300.0
+    allowed_hosts: tuple[str, ...] = ()  # names that Host may have, beside this machine's own
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server
+    strict: bool = False  # refuse fields that the API does not have
     log_level: LogLevel = "info"
 
 

@@ -141,8 +141,9 @@ def test_keys(backend: Backend, headers: dict[str, str], status: int) -> None:
     assert client.simulate_get("/v1/models", headers=headers).status_code == status
 
 
-def test_health_needs_no_key(backend: Backend) -> None:
-    assert make_client(backend, api_key="sesame").simulate_get("/health").status_code == 200
+@pytest.mark.parametrize("path", ["/health", "/health/ready"])
+def test_health_needs_no_key(backend: Backend, path: str) -> None:
+    assert make_client(backend, api_key="sesame").simulate_get(path).status_code == 200
 
 
 def test_a_key_of_any_characters(backend: Backend) -> None:
@@ -160,7 +161,7 @@ def test_a_key_of_any_characters(backend: Backend) -> None:
      "LOCALHOST.", "server:8000", "my.own.name:80"],
 )  # fmt: skip
 def test_own_hosts(backend: Backend, host: str) -> None:
-    assert make_client(backend, host, host="my.own.name").simulate_get("/health").status_code == 200
+    assert make_client(backend, host, host_names=("my.own.name",)).simulate_get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ SETTINGS = [
     ("--api-key", "MLX_SERVER_API_KEY", "api_key", "sk-1", "sk-1"),
     ("--rate-limit", "MLX_SERVER_RATE_LIMIT", "rate_limit", "60", 60),
     ("--timeout", "MLX_SERVER_TIMEOUT", "timeout_s", "0.5", 0.5),
+    ("--allowed-hosts", "MLX_SERVER_ALLOWED_HOSTS", "allowed_hosts", "a.example, b", ("a.example", "b")),
+    ("--allowed-origins", "MLX_SERVER_ALLOWED_ORIGINS", "allowed_origins", "http://a:1,*", ("http://a:1", "*")),
     ("--log-level", "MLX_SERVER_LOG", "log_level", "DEBUG", "debug"),
 ]
+# Flags without a value: flag, variable, field.
+SWITCHES = [("--strict", "MLX_SERVER_STRICT", "strict")]
 
 WRONG = [
     ("--model", "MLX_SERVER_MODEL", ["", " "]),
@@ -31,6 +35,8 @@ WRONG = [
     ("--api-key", "MLX_SERVER_API_KEY", ["", "two words", "schlüssel", "tab\t"]),
     ("--rate-limit", "MLX_SERVER_RATE_LIMIT", ["-1", "many", "99999999999"]),
     ("--timeout", "MLX_SERVER_TIMEOUT", ["0", "-1", "nan", "inf", "1e300", "soon"]),
+    ("--allowed-hosts", "MLX_SERVER_ALLOWED_HOSTS", ["a b", "http://a", "a:80", "a,,b"]),
+    ("--allowed-origins", "MLX_SERVER_ALLOWED_ORIGINS", ["localhost", "http://a/", "http://a b", ",", "HTTP://A"]),
     ("--log-level", "MLX_SERVER_LOG", ["", "loud"]),
 ]
 
@@ -63,6 +69,19 @@ def test_a_flag_wins_over_its_variable(flag, variable, field, text, value, monke
     assert getattr(read_settings(model), field) == value
     monkeypatch.setenv(variable, "not read")
     assert getattr(read_settings([*model, flag, text]), field) == value
+
+
+@pytest.mark.parametrize(("flag", "variable", "field"), SWITCHES)
+def test_switches(flag, variable, field, monkeypatch):
+    assert not getattr(read_settings(["--model", "demo"]), field)
+    assert getattr(read_settings(["--model", "demo", flag]), field)
+    for text, value in [("1", True), ("TRUE", True), ("on", True), ("0", False), ("no", False)]:
+        monkeypatch.setenv(variable, text)
+        assert getattr(read_settings(["--model", "demo"]), field) is value
+        assert getattr(read_settings(["--model", "demo", flag]), field)
+    monkeypatch.setenv(variable, "maybe")
+    with pytest.raises(SettingError, match=f"{variable} is 'maybe', but must be true or false"):
+        read_settings(["--model", "demo"])
 
 
 @pytest.mark.parametrize(("flag", "variable", "text"), [(f, v, text) for f, v, texts in WRONG for text in texts])
@@ -102,6 +121,8 @@ def test_help_shows_flag_variable_and_default_of_each(capsys):
     for flag, variable, *_ in SETTINGS:
         assert f" {flag} VALUE " in text
         assert f"[env var: {variable}; default: " in text
+    for flag, variable, _ in SWITCHES:
+        assert f" {flag} " in text and f"[env var: {variable}; default: false]" in text
     for default in ("(required)", "0.0.0.0", "8000", "32768", "(none)", "0", "300", "info"):
         assert f"default: {default}]" in text
 
@@ -114,7 +135,7 @@ def test_version(capsys):
 def test_the_readme_lists_the_settings():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     rows = re.findall(r"^\| `(--[a-z-]+)` \| `(\w+)` \| (\S+) \| .+ \|$", readme, re.MULTILINE)
-    assert [row[:2] for row in rows] == [(flag, variable) for flag, variable, *_ in SETTINGS]
+    assert {row[:2] for row in rows} == {(flag, variable) for flag, variable, *_ in [*SETTINGS, *SWITCHES]}
     parameters = {parameter.opts[0]: parameter for parameter in cli._command.params}
     for flag, _, default in rows:
         shown = default.strip("`")

@@ -1,16 +1,20 @@
 """Request bodies: size, type and strict JSON, checked before any field is looked at."""
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import falcon
 import msgspec
 
 from mlx_server.api.errors import HttpError
+from mlx_server.api.unknown_fields import unknown_fields
 from mlx_server.errors import InvalidRequestError
 
 MAX_BODY_BYTES = 8 << 20
+IGNORED_HEADER = "x-mlx-server-ignored"
 
+_MAX_DEPTH = 64  # of nested arrays and objects
 _MAX_DESCRIPTION = 200  # it may quote the client's value
 
 _T = TypeVar("_T")
@@ -18,17 +22,29 @@ _PATH = re.compile(r"(?P<message>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING_FIELD = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
 
 
-def decode_body(req: falcon.Request, decoder: msgspec.json.Decoder[_T]) -> _T:
-    """The request's JSON body. InvalidRequestError, with the field's path as `param`, if `decoder` refuses it."""
+def decode_body(req: falcon.Request, resp: falcon.Response, decoder: msgspec.json.Decoder[_T], *, strict: bool) -> _T:
+    """The request's JSON body. InvalidRequestError, with the field's path as `param`, if `decoder` refuses it.
+
+    Fields that the decoder's type does not have are named in a header of the answer; with `strict` they are an error.
+    A type names all fields that the API knows, also those that it accepts without effect.
+    """
     _check_headers(req)
     body = _read(req)
     try:
         body.decode()  # the decoder does not look into strings that it skips
-        return decoder.decode(body)
+        value = decoder.decode(body)
+        everything = msgspec.json.decode(body)
     except msgspec.ValidationError as error:
         raise _invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidRequestError("The body is not valid JSON in UTF-8.", code="invalid_json") from None
+    if _is_deep(everything):
+        raise InvalidRequestError(f"The body nests more than {_MAX_DEPTH} levels deep.", code="invalid_json")
+    if ignored := unknown_fields(everything, decoder.type):
+        if strict:
+            raise InvalidRequestError(f"`{ignored[0]}`: unknown field.", param=ignored[0], code="unknown_field")
+        resp.set_header(IGNORED_HEADER, ", ".join(quote(path, safe="[]") for path in ignored))
+    return value
 
 
 def _check_headers(req: falcon.Request) -> None:
@@ -44,14 +60,14 @@ def _read(req: falcon.Request) -> bytes:
     chunked = "chunked" in (req.get_header("transfer-encoding") or "").lower()
     length = MAX_BODY_BYTES + 1 if chunked else req.content_length or 0
     if length > MAX_BODY_BYTES and not chunked:
-        raise _too_large()
+        raise too_large()
     try:
         # Not falcon's bounded_stream: it is empty for chunked bodies.
         body: bytes = req.env["wsgi.input"].read(length)
     except OSError:  # the connection's end, or chunks that are none
         raise _incomplete() from None
     if len(body) > MAX_BODY_BYTES:
-        raise _too_large()
+        raise too_large()
     if not chunked and len(body) < length:
         raise _incomplete()
     return body
@@ -61,8 +77,18 @@ def _incomplete() -> HttpError:
     return HttpError(400, "incomplete_body", "The body could not be read to its end.")
 
 
-def _too_large() -> HttpError:
+def too_large() -> HttpError:
     return HttpError(413, "request_too_large", f"The body is larger than {MAX_BODY_BYTES} bytes.")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        inside = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _invalid_field(description: str) -> InvalidRequestError:

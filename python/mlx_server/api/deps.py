@@ -19,7 +19,9 @@ class Deps:
     created: int  # seconds since 1970
     fingerprint: str  # what answers can depend on beside the request: changes with the version
     api_key: str | None = None
-    host: str = "localhost"  # the name or address that the server is bound to
+    host_names: tuple[str, ...] = ()  # own names, beside the machine's
+    allowed_origins: tuple[str, ...] = ()  # of web pages
+    strict: bool = False  # a field that the API does not have is an error
     rate_limiter: RateLimiter | None = None
 
     def check_model(self, name: str) -> None:

@@ -1,6 +1,7 @@
-"""The one place where errors become HTTP: status, headers and OpenAI's error envelope."""
+"""The one place where errors become HTTP: status, headers and the error envelope of OpenAI or Anthropic."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import falcon
@@ -19,6 +20,19 @@ log = logging.getLogger(__name__)
 
 _INVALID = "invalid_request_error"
 _NO_RETRY = {"x-should-retry": "false"}  # OpenAI's and Anthropic's clients repeat a 5xx otherwise
+# Anthropic's name for each status; any other is an invalid_request_error below 500, an api_error from there.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_ANTHROPIC_OVERLOADED = 529  # where others say 503
 
 
 class HttpError(ServerError):
@@ -38,7 +52,7 @@ class ClientGoneError(Exception):
 
 
 class ErrorReply(msgspec.Struct, frozen=True):
-    """An error as clients see it."""
+    """An error as clients see it. `type` is OpenAI's; Anthropic's follows from the status."""
 
     status: int
     type: str
@@ -48,8 +62,41 @@ class ErrorReply(msgspec.Struct, frozen=True):
     headers: dict[str, str] = {}
 
     def body(self) -> bytes:
+        """OpenAI's envelope."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
+
+    def for_anthropic(self) -> "AnthropicErrorReply":
+        status = _ANTHROPIC_OVERLOADED if self.status == 503 else self.status
+        kind = _ANTHROPIC_TYPES.get(status, _INVALID if status < 500 else "api_error")
+        return AnthropicErrorReply(status, kind, self.message, self.code, self.headers)
+
+
+class AnthropicErrorReply(msgspec.Struct, frozen=True):
+    """An error as Anthropic's clients see it, in an answer or in a stream."""
+
+    status: int
+    type: str
+    message: str
+    code: str | None
+    headers: dict[str, str]
+
+    def body(self, request_id: str) -> bytes:
+        error: dict[str, Any] = {"type": self.type, "message": self.message}
+        if self.code is not None:
+            error["details"] = {"error_code": self.code}
+        return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+
+
+def speaks_anthropic(path: str, headers: Mapping[str, str]) -> bool:
+    """Whether a request is one of Anthropic's API. `headers` have upper-case names."""
+    if _is_or_is_below(path, "/v1/models"):  # both APIs have it
+        return "ANTHROPIC-VERSION" in headers
+    return _is_or_is_below(path, "/v1/messages")
+
+
+def _is_or_is_below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(f"{parent}/")
 
 
 _INTERNAL_ERROR = ErrorReply(
@@ -84,8 +131,20 @@ def add_error_handlers(app: falcon.App[falcon.Request, falcon.Response]) -> None
     app.add_error_handler(ClientGoneError, _handle_client_gone)
 
 
-def _handle_server_error(_req: falcon.Request, resp: falcon.Response, error: ServerError, _params: Any) -> None:
-    _send(resp, describe(error))
+def answer(
+    reply: ErrorReply, path: str, request_headers: Mapping[str, str], request_id: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an error, as the API that the request was for has them."""
+    if speaks_anthropic(path, request_headers):
+        anthropic = reply.for_anthropic()
+        status, headers, body = anthropic.status, anthropic.headers, anthropic.body(request_id)
+    else:
+        status, headers, body = reply.status, reply.headers, reply.body()
+    return status, {"content-type": "application/json", **headers}, body
+
+
+def _handle_server_error(req: falcon.Request, resp: falcon.Response, error: ServerError, _params: Any) -> None:
+    _send(req, resp, describe(error))
 
 
 def _handle_falcon_error(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, _params: Any) -> None:
@@ -98,21 +157,20 @@ def _handle_falcon_error(req: falcon.Request, resp: falcon.Response, error: falc
         reply = ErrorReply(405, _INVALID, message, None, "method_not_allowed")
     else:
         reply = ErrorReply(error.status_code, _INVALID, error.title or "Bad request.", None, "bad_request")
-    _send(resp, reply)
+    _send(req, resp, reply)
 
 
 def _handle_client_gone(_req: falcon.Request, resp: falcon.Response, _error: Exception, _params: Any) -> None:
     resp.status = "499 Client Closed Request"  # for the access log only
 
 
-def _handle_unexpected(_req: falcon.Request, resp: falcon.Response, error: Exception, _params: Any) -> None:
+def _handle_unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, _params: Any) -> None:
     log.error("request %s failed", resp.get_header("x-request-id"), exc_info=error)
-    _send(resp, _INTERNAL_ERROR)
+    _send(req, resp, _INTERNAL_ERROR)
 
 
-def _send(resp: falcon.Response, reply: ErrorReply) -> None:
-    resp.status = falcon.code_to_http_status(reply.status)
-    resp.set_headers(reply.headers)
-    resp.content_type = "application/json"
+def _send(req: falcon.Request, resp: falcon.Response, reply: ErrorReply) -> None:
+    status, headers, resp.data = answer(reply, req.path, req.headers, resp.get_header("x-request-id") or "")
+    resp.status = falcon.code_to_http_status(status)
+    resp.set_headers(headers)
     resp.stream = None
-    resp.data = reply.body()

@@ -1,4 +1,4 @@
-"""What happens to every request before and after its resource: id, log, Host, key, rate."""
+"""What happens to every request before and after its resource: id, log, origin, Host, key, rate."""
 
 import hashlib
 import hmac
@@ -8,7 +8,7 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -21,26 +21,70 @@ log = logging.getLogger(__name__)
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], Callable[[bytes], None]]
 
-_HEALTH = "/health"
+_NO_KEY = ("/health", "/health/ready")
+_CORS_MAX_AGE_S = 600
+# `*` covers neither `authorization` nor, in all browsers, the others.
+_CORS_REQUEST_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
+_CORS_RESPONSE_HEADERS = "x-request-id, request-id, retry-after, x-should-retry, x-mlx-server-ignored"
+
+
+def new_request_id() -> str:
+    return f"req_{uuid.uuid4().hex}"
 
 
 class RequestId:
     """Gives each request an id of ours; both vendors' clients read it from a header."""
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        request_id = f"req_{uuid.uuid4().hex}"
+        request_id = new_request_id()
         req.env[AccessLog.ID_KEY] = request_id
         resp.set_headers({"x-request-id": request_id, "request-id": request_id})
+
+
+class Cors:
+    """Lets web pages of the allowed origins read the answers. Browsers ask first, without a key: that is answered here.
+
+    See the Fetch standard, section 3.2.
+    """
+
+    def __init__(self, origins: Collection[str]) -> None:
+        """`origins`: such as `http://localhost:3000`; `*` allows all."""
+        self._origins = origins
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.append_header("vary", "Origin")
+        origin = req.get_header("origin")
+        if origin is None or not ("*" in self._origins or origin in self._origins):
+            return
+        resp.set_header("access-control-allow-origin", origin)
+        resp.set_header("access-control-expose-headers", _CORS_RESPONSE_HEADERS)
+        if req.method == "OPTIONS" and req.get_header("access-control-request-method") is not None:
+            self._answer_preflight(req, resp)
+
+    def _answer_preflight(self, req: falcon.Request, resp: falcon.Response) -> None:
+        asked = req.get_header("access-control-request-headers")
+        resp.set_headers(
+            {
+                "access-control-allow-methods": "GET, HEAD, POST, DELETE",
+                "access-control-allow-headers": asked or _CORS_REQUEST_HEADERS,
+                "access-control-max-age": str(_CORS_MAX_AGE_S),
+            }
+        )
+        if req.get_header("access-control-request-private-network") == "true":
+            resp.set_header("access-control-allow-private-network", "true")
+        resp.status = falcon.HTTP_204
+        resp.complete = True
 
 
 class HostCheck:
     """Refuses requests that a foreign web page sends after rebinding its own name to this machine's address.
 
-    A key stops them too, so this check is for servers without one. Names without a dot can't be rebound: the public DNS
-    does not serve them.
+    A key stops them too, so the name is checked on servers without one. Names without a dot can't be rebound: the
+    public DNS does not serve them.
     """
 
-    def __init__(self, *own_names: str) -> None:
+    def __init__(self, own_names: Collection[str], *, any_name: bool) -> None:
+        self._any_name = any_name
         machine = socket.gethostname().lower()
         self._names = {"localhost", machine, machine.split(".")[0] + ".local", *(name.lower() for name in own_names)}
 
@@ -50,11 +94,12 @@ class HostCheck:
             if req.env.get("SERVER_PROTOCOL") == "HTTP/1.0":
                 return
             raise HttpError(400, "host_required", "The Host header is missing.")
-        if not self._is_ours(header):
+        if not (self._any_name or self._is_ours(header)):
             raise HttpError(
                 421,
                 "unknown_host",
-                "This server does not answer to that Host name: use its IP address, or start it with --api-key.",
+                "This server does not answer to that Host name: use its IP address, or start it with --allowed-hosts "
+                "or --api-key.",
             )
 
     def _is_ours(self, header: str) -> bool:
@@ -70,13 +115,13 @@ class HostCheck:
 
 
 class Auth:
-    """Asks for the key on every path, known or not, but for /health."""
+    """Asks for the key on every path, known or not, but for those of health."""
 
     def __init__(self, api_key: str) -> None:
         self._key_hash = _hash(api_key.encode())
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path == _HEALTH:
+        if req.path in _NO_KEY:
             return
         scheme, _, bearer = (req.get_header("authorization") or "").partition(" ")
         keys = [bearer.strip()] if scheme.lower() == "bearer" else []
@@ -93,13 +138,13 @@ class Auth:
 
 
 class RateLimit:
-    """Counts requests by the client's address; /health is free."""
+    """Counts requests by the client's address; those for health are free."""
 
     def __init__(self, limiter: RateLimiter) -> None:
         self._limiter = limiter
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path == _HEALTH:
+        if req.path in _NO_KEY:
             return
         wait_s = self._limiter.admit(req.remote_addr)
         if wait_s:

@@ -95,7 +95,9 @@ class Server(BaseApplication):  # type: ignore[misc]
                 created=self._start_time,
                 fingerprint=f"mlx-server-{__version__}",
                 api_key=settings.api_key,
-                host=settings.host,
+                host_names=(settings.host, *settings.allowed_hosts),
+                allowed_origins=settings.allowed_origins,
+                strict=settings.strict,
                 rate_limiter=limiter,
             )
         )

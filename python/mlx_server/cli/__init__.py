@@ -1,6 +1,7 @@
 """The command `mlx-server`."""
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def read_settings(args: list[str]) -> Settings | None:
 Parser = Callable[[str], object]
 
 _MODEL_HELP = "a local MLX model directory, a Hugging Face model ID (downloaded on first use), a .gguf file, or demo"
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+")  # as browsers send it: lower case, no path
 _MAX_INT = 2**31 - 1
 _MAX_TIMEOUT_S = 1_000_000.0
 
@@ -104,6 +107,31 @@ def _api_key(text: str) -> str:
     return text
 
 
+def _flag(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in values:
+        raise ValueError("true or false")
+    return values[text.lower()]
+
+
+def _host_names(text: str) -> tuple[str, ...]:
+    names = _comma_separated(text)
+    if not all(_HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError("host names without ports, separated by commas, such as llm.example.com")
+    return names
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = _comma_separated(text)
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("origins of web pages, separated by commas, such as http://localhost:3000, or *")
+    return origins
+
+
+def _comma_separated(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text.strip() else ()
+
+
 def _log_level(text: str) -> str:
     level = text.lower()
     if level not in ("debug", "info", "warning", "error"):
@@ -121,6 +149,9 @@ class _Option(click.Option):
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         return os.environ.get(str(self.envvar))
+
+    def value_from_envvar(self, ctx: click.Context) -> str | None:
+        return self.resolve_envvar_value(ctx)  # click takes any word for a flag's "false"
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         if not isinstance(value, str):
@@ -143,8 +174,11 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     default = _DEFAULTS[name]
     if default is msgspec.NODEFAULT or default is None:
         default, shown = None, "required" if default is msgspec.NODEFAULT else "none"
+    elif default == ():
+        default, shown = "", "none"
     else:
-        default, shown = (f"{default:g}" if isinstance(default, float) else str(default)), ""
+        default, shown = (f"{default:g}" if isinstance(default, float) else str(default).lower()), ""
+    switch: dict[str, Any] = {"is_flag": True, "flag_value": "true", "type": str} if parser is _flag else {}
     return click.option(
         name,
         flag,
@@ -155,7 +189,8 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
         help=text,
         default=default,
         show_default=shown or True,
-        metavar="VALUE",
+        metavar=None if switch else "VALUE",
+        **switch,
     )
 
 
@@ -191,6 +226,21 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "Requests a minute that each client may make; 0: no limit.",
 )
 @_option("timeout_s", "--timeout", "MLX_SERVER_TIMEOUT", _seconds, "Seconds after which a request is given up.")
+@_option(
+    "allowed_hosts",
+    "--allowed-hosts",
+    "MLX_SERVER_ALLOWED_HOSTS",
+    _host_names,
+    "Names under which requests may reach a server without a key, beside this machine's own; separated by commas.",
+)
+@_option(
+    "allowed_origins",
+    "--allowed-origins",
+    "MLX_SERVER_ALLOWED_ORIGINS",
+    _origins,
+    "Origins of web pages that may use this server (CORS), separated by commas; *: all.",
+)
+@_option("strict", "--strict", "MLX_SERVER_STRICT", _flag, "Refuse requests with fields that the API does not have.")
 @_option("log_level", "--log-level", "MLX_SERVER_LOG", _log_level, "Least level to log: debug, info, warning or error.")
 @click.version_option(package_name="mlx-server")
 def _command(**settings: Any) -> Settings:

@@ -43,7 +43,7 @@ class ChatCompletions:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         deps = self._deps
-        body = decode_body(req, self._decoder)
+        body = decode_body(req, resp, self._decoder, strict=deps.strict)
         deps.check_model(body.model)
         request = to_chat_request(body, deps.model.default_sampling, deps.max_tokens)
         client = Client(req)
