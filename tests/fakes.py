@@ -34,7 +34,8 @@ class FakeRunner:
         self.states = [-1] * num_slots
         self.block_size = block_size
         self.window = window
-        self.fail_at: set[int] = set()
+        self.fail_at: set[int] = set()  # steps that fail
+        self.poison: set[str] = set()  # requests that let each step fail that they take part in
         self.num_steps = 0
         self._in_flight: tuple[Batch, list[int]] | None = None
 
@@ -49,7 +50,7 @@ class FakeRunner:
     def run(self, batch: Batch) -> StepResult | None:
         self.num_steps += 1
         previous, self._in_flight = self._in_flight, None
-        if self.num_steps in self.fail_at:
+        if self.num_steps in self.fail_at or self.poison & {row.request.request_id for row in batch.rows}:
             raise RuntimeError("the device is on fire")
         if batch.rows:
             self._in_flight = (batch, self._compute(batch, *(previous or (None, []))))

@@ -68,11 +68,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Where a request's time went."""
+    """Where a request's time in the engine went."""
 
-    queue_s: float
-    prefill_s: float
-    decode_s: float
+    queue_s: float  # until its first tokens were scheduled
+    prefill_s: float  # from there to its first output token
+    decode_s: float  # from there to its last
 
 
 class Progress(msgspec.Struct, tag=True, frozen=True):

@@ -113,7 +113,7 @@ def test_rubbish_and_bad_requests_leave_the_engine_up(harness: Harness) -> None:
 
 def test_failed_step_is_told_to_its_request_and_the_next_one_works(harness: Harness) -> None:
     client = harness.connect()
-    harness.runner.fail_at = {2}
+    harness.runner.poison = {"a"}
     client.send(make_submit("a", [1], 30))
     failed = client.outputs_until_end()[-1]
     assert isinstance(failed, wire.Failed) and failed.code == "engine_error"

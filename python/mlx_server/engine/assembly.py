@@ -3,18 +3,36 @@
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.memory import MemoryPlan
+from mlx_server.engine.pacing import PrefillPacer
+from mlx_server.engine.queue import QueueLimits
 from mlx_server.engine.runner import ModelRunner
 from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.stats import EngineStats
 from mlx_server.models.base import Model
 
+QUEUED_BATCHES = 4  # so many times the requests, and the tokens, that can run at once may wait
 
-def make_engine_core(model: Model, plan: MemoryPlan) -> EngineCore:
-    """An engine that runs `model` in the memory that `plan` gives it."""
+
+def make_engine_core(
+    model: Model, plan: MemoryPlan, *, model_name: str = "", max_queue: int | None = None
+) -> EngineCore:
+    """An engine that runs `model` in the memory that `plan` gives it.
+
+    Args:
+        model_name: the label of its metrics.
+        max_queue: how many requests may wait; None: QUEUED_BATCHES for each that may run.
+    """
     kv_cache = KVCacheManager(plan.num_blocks, plan.block_size, plan.max_running, window=model.kv_spec.window)
     longest = kv_cache.max_request_tokens(plan.max_batch_tokens)
+    max_queue = QUEUED_BATCHES * plan.max_running if max_queue is None else max_queue
+    limits = QueueLimits(max_queue, plan.num_tokens * max(max_queue // plan.max_running, 1))
+    pacer = PrefillPacer(plan.max_batch_tokens // 4)
+    stats = EngineStats(model_name)
     return EngineCore(
-        Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens),
+        Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens, limits=limits, pacer=pacer, stats=stats),
         ModelRunner(model, plan),
         context_length=model.context_length if longest is None else min(model.context_length, longest),
         vocab_size=model.vocab_size,
+        pacer=pacer,
+        stats=stats,
     )

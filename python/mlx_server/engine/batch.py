@@ -26,6 +26,11 @@ class BatchRow:
     def num_tokens(self) -> int:
         return self.end_pos - self.start_pos
 
+    @property
+    def is_decode(self) -> bool:
+        """The request's newest token alone."""
+        return self.samples and self.num_tokens == 1 and self.start_pos > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -34,6 +39,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_decodes(self) -> int:
+        return sum(row.is_decode for row in self.rows)
 
     @property
     def sampling_rows(self) -> list[BatchRow]:

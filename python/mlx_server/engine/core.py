@@ -1,11 +1,22 @@
 """The step loop's body."""
 
+import math
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from mlx_server import wire
 from mlx_server.engine.batch import Batch, StepResult
+from mlx_server.engine.pacing import PrefillPacer
+from mlx_server.engine.queue import Refusal
 from mlx_server.engine.request import Request
 from mlx_server.engine.scheduler import Outputs, Scheduler
+from mlx_server.engine.stats import EngineStats, Gauges
+
+_REFUSALS: dict[Refusal, str] = {
+    "queue_full": "The server has more requests than it can queue; try again soon.",
+    "client_queue_full": "Too many requests of this client are waiting; try again when some have ended.",
+}
 
 
 class Runner(Protocol):
@@ -28,10 +39,25 @@ class EngineCore:
     reads and handles one step's tokens while the device computes the next.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, *, context_length: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        context_length: int,
+        vocab_size: int,
+        pacer: PrefillPacer | None = None,
+        stats: EngineStats | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`scheduler` has the same `pacer` and `stats`."""
         self._scheduler = scheduler
         self._runner = runner
+        self._pacer = pacer
+        self._stats = stats or EngineStats()
+        self._clock = clock
         self._launching: Batch | None = None
+        self._device_free_s = 0.0  # when the step in flight could begin
         self.info = wire.EngineInfo(context_length, vocab_size)
 
     @property
@@ -39,46 +65,90 @@ class EngineCore:
         return bool(self._scheduler.num_running or self._scheduler.num_waiting or self._runner.in_flight)
 
     def step(self) -> Outputs:
-        self._launching = batch = self._scheduler.schedule()
+        start_s = self._clock()
+        self._launching = batch = self._scheduler.schedule(start_s)
         previous = self._runner.run(batch)
-        return self._scheduler.update(previous)
+        end_s = self._clock()
+        self._observe(previous, start_s, end_s)
+        return self._scheduler.update(previous, end_s)
 
     def fail_step(self) -> Outputs:
-        """After `step` has raised: end the requests that took part in it, keep the others."""
+        """After `step` has raised: its requests are tried again alone, or end; the others are kept."""
         lost = [batch for batch in (self._runner.in_flight, self._launching) if batch is not None]
         self._runner.reset()
-        return self._scheduler.fail(lost, "engine_error", "The engine failed to compute a step of this request.")
+        self._stats.on_failed_step()
+        message = "The engine failed to compute a step of this request."
+        return self._scheduler.fail(lost, "engine_error", message, self._clock())
 
     def submit(self, connection: bytes, message: wire.Submit) -> wire.Failed | None:
-        """Queue a request, or say why not. The API has checked all this; a fault here is an API process of ours gone
-        wrong, and must not reach the device."""
-        prompt, vocab_size = message.prompt_token_ids, self.info.vocab_size
-        fault = None
-        if self._scheduler.has(connection, message.request_id):
-            fault = "request id is in use"
-        elif not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
-            fault = f"prompt token ids must be in [0, {vocab_size}), at least one"
-        elif message.max_tokens < 1 or len(prompt) + message.max_tokens > self.info.context_length:
-            fault = f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
+        """Queue a request, or say why not."""
+        fault = self._fault(connection, message)
         if fault is not None:
             return wire.Failed(message.request_id, "invalid_request", fault)
-        self._scheduler.add(
-            Request(
-                message.request_id,
-                connection,
-                prompt,
-                message.max_tokens,
-                frozenset(message.end_token_ids),
-                message.sampling,
-            )
+        now_s = self._clock()
+        request = Request(
+            message.request_id,
+            connection,
+            message.prompt_token_ids,
+            message.max_tokens,
+            frozenset(message.end_token_ids),
+            message.sampling,
+            priority=message.priority,
+            client=message.client,
+            arrived_s=now_s,
+            deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,
         )
-        return None
+        refusal = self._scheduler.add(request)
+        if refusal is None:
+            return None
+        self._stats.on_refusal(refusal)
+        return wire.Failed(message.request_id, refusal, _REFUSALS[refusal])
 
     def cancel(self, connection: bytes, request_id: str) -> bool:
-        return self._scheduler.cancel(connection, request_id)
+        return self._scheduler.cancel(connection, request_id, self._clock())
 
     def cancel_connection(self, connection: bytes) -> int:
-        return self._scheduler.cancel_connection(connection)
+        return self._scheduler.cancel_connection(connection, self._clock())
+
+    def metrics(self) -> str:
+        """Counters, histograms and the present state, in Prometheus's text format."""
+        kv_cache = self._scheduler.kv_cache
+        gauges = Gauges(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            cache_usage=1 - kv_cache.num_free_blocks / kv_cache.num_blocks,
+            block_size=kv_cache.block_size,
+            num_blocks=kv_cache.num_blocks,
+        )
+        return self._stats.text(gauges)
+
+    def reset_stats(self) -> None:
+        """Forget what the warm-up counted."""
+        self._stats.reset()
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
+
+    def _observe(self, result: StepResult | None, start_s: float, end_s: float) -> None:
+        """A step's time is that from the end of the one before, or from its launch if the device was idle."""
+        if result is None:
+            self._device_free_s = start_s
+            return
+        duration_s = end_s - self._device_free_s
+        self._device_free_s = end_s
+        batch = result.batch
+        self._stats.on_step(batch, duration_s)
+        if self._pacer is not None:
+            self._pacer.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, duration_s)
+
+    def _fault(self, connection: bytes, message: wire.Submit) -> str | None:
+        """The API has checked all this; a fault here is an API process of ours gone wrong, and must not reach the
+        device."""
+        prompt, vocab_size = message.prompt_token_ids, self.info.vocab_size
+        if self._scheduler.has(connection, message.request_id):
+            return "request id is in use"
+        if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
+            return f"prompt token ids must be in [0, {vocab_size}), at least one"
+        if message.max_tokens < 1 or len(prompt) + message.max_tokens > self.info.context_length:
+            return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
+        return None

@@ -24,6 +24,10 @@ class KVCacheManager:
         self._num_slots = num_slots
 
     @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks
+
+    @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
 

@@ -9,8 +9,10 @@ token_ids (known on the host)          in flight (sampled on the device, not rea
 """
 
 import enum
+import math
 from dataclasses import dataclass, field
 
+from mlx_server import wire
 from mlx_server.sampling_params import SamplingParams
 
 
@@ -28,7 +30,11 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     sampling: SamplingParams
-    arrival: int = 0  # the scheduler's running number: order of service
+    priority: int = 0  # lower ones are served first
+    client: str = ""  # whose fair share it is
+    arrived_s: float = 0.0  # this and the other times: seconds of the engine's monotonic clock
+    deadline_s: float = math.inf
+    arrival: int = 0  # the scheduler's running number
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_in_flight_tokens: int = 0
@@ -36,6 +42,12 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
     slot: int | None = None  # of the recurrent states, while running
+    num_served_tokens: int = 0  # ever computed, and so counted against the client's share: recomputing them is not
+    num_failed_steps: int = 0
+    retry_until_pos: int = 0  # where it was in a step that failed: it computes alone up to there
+    started_s: float | None = None  # when its first tokens were scheduled
+    first_token_s: float | None = None
+    last_token_s: float | None = None
 
     @property
     def num_known_tokens(self) -> int:
@@ -64,3 +76,12 @@ class Request:
         prompt_end = len(self.prompt_token_ids)
         prompt = self.prompt_token_ids[start_pos:end_pos]
         return prompt + self.output_token_ids[max(start_pos - prompt_end, 0) : max(end_pos - prompt_end, 0)]
+
+    def timings(self) -> wire.Timings:
+        """Of a request that has all its tokens."""
+        assert self.started_s is not None and self.first_token_s is not None and self.last_token_s is not None
+        return wire.Timings(
+            queue_s=self.started_s - self.arrived_s,
+            prefill_s=self.first_token_s - self.started_s,
+            decode_s=self.last_token_s - self.first_token_s,
+        )

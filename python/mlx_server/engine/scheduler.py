@@ -1,167 +1,316 @@
-"""Which request computes which tokens in the next step. Pure bookkeeping: no arrays, no clock, no randomness."""
+"""Which request computes which tokens in the next step.
 
-from collections import deque
+Pure bookkeeping: no arrays, no randomness, and times only as they are told.
+"""
+
+import bisect
+import math
+from collections import Counter
 
 from mlx_server import wire
 from mlx_server.engine.batch import Batch, BatchRow, StepResult
 from mlx_server.engine.kv_cache import KVCacheManager
+from mlx_server.engine.pacing import PrefillPacer
+from mlx_server.engine.queue import FairShares, QueueLimits, Refusal, WaitingQueue, age
 from mlx_server.engine.request import Request, RequestState
+from mlx_server.engine.stats import EndReason, EngineStats
 from mlx_server.ops.sampling import INVALID_TOKEN
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 
+MAX_FAILED_STEPS = 3  # in company; alone, one is enough to blame the request
 
-class Scheduler:
-    """Continuous batching: prefill chunks and decodes of many requests share each step under one token budget.
 
-    Service is first come, first served. Decodes go first, so that a long prompt does not stall the others. When blocks
-    run out, the youngest request gives its own back and is computed again later: the oldest always finishes.
-    """
+class _Step:
+    """A batch while it is being put together."""
 
-    def __init__(self, kv_cache: KVCacheManager, *, max_batch_tokens: int) -> None:
-        self.kv_cache = kv_cache
-        self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Request] = deque()  # by arrival
-        self._running: list[Request] = []  # by arrival
-        self._by_id: dict[tuple[bytes, str], Request] = {}
-        self._num_arrivals = 0
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: list[BatchRow] = []
+        self.members: set[Request] = set()
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    def add(self, request: Request) -> None:
-        request.arrival = self._num_arrivals
-        self._num_arrivals += 1
-        self._by_id[request.connection, request.request_id] = request
-        self._waiting.append(request)
-
-    def has(self, connection: bytes, request_id: str) -> bool:
-        return (connection, request_id) in self._by_id
-
-    def cancel(self, connection: bytes, request_id: str) -> bool:
-        """End a request without output; False if it has already ended."""
-        request = self._by_id.get((connection, request_id))
-        if request is None:
-            return False
-        self._end(request)
-        return True
-
-    def cancel_connection(self, connection: bytes) -> int:
-        """End all requests of an API process that is gone; how many they were."""
-        gone = [request for request in self._by_id.values() if request.connection == connection]
-        for request in gone:
-            self._end(request)
-        return len(gone)
-
-    def schedule(self) -> Batch:
-        """The next step: decodes, then prompts already begun, then new requests, while budget and blocks last."""
-        budget = self._max_batch_tokens
-        rows: list[BatchRow] = []
-        unscheduled = sorted(self._running, key=lambda request: (not request.is_decoding, request.arrival))
-        while unscheduled and budget > 0:
-            request = unscheduled.pop(0)
-            if request.awaits_last_token:
-                continue
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            if self._make_room(request, num_tokens, unscheduled):
-                rows.append(self._launch(request, num_tokens))
-                budget -= num_tokens
-        while self._waiting and budget > 0 and self.kv_cache.num_free_slots:
-            request = self._waiting[0]
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            if not self.kv_cache.allocate(request, num_tokens):
-                break
-            self._waiting.popleft()
-            request.state = RequestState.RUNNING
-            self._running.append(request)
-            self._running.sort(key=lambda r: r.arrival)
-            rows.append(self._launch(request, num_tokens))
-            budget -= num_tokens
-        return Batch(rows)
-
-    def update(self, result: StepResult | None) -> Outputs:
-        """Take in the tokens of a computed step; what its requests' owners are to be told."""
-        if result is None:
-            return []
-        outputs: Outputs = []
-        for row, token_id in zip(result.batch.sampling_rows, result.token_ids, strict=True):
-            request = row.request
-            request.num_in_flight_tokens -= 1
-            if request.state is not RequestState.ENDED:
-                outputs.append((request.connection, self._append(request, token_id)))
-        return outputs
-
-    def fail(self, batches: list[Batch], code: str, message: str) -> Outputs:
-        """These steps could not be computed: their requests end, all others are computed again."""
-        outputs: Outputs = []
-        for request in {row.request: None for batch in batches for row in batch.rows}:
-            if request.state is not RequestState.ENDED:
-                self._end(request)
-                outputs.append((request.connection, wire.Failed(request.request_id, code, message)))
-        for request in list(self._running):
-            request.num_in_flight_tokens = 0
-            self._preempt(request)
-        return outputs
-
-    def check_integrity(self) -> None:
-        """Idle means that every block is back."""
-        self.kv_cache.check_integrity()
-        if not self._by_id:
-            assert not self._running and not self._waiting
-            self.kv_cache.check_all_free()
-
-    def _make_room(self, request: Request, num_tokens: int, unscheduled: list[Request]) -> bool:
-        """Get the blocks for `num_tokens` more, at the cost of younger requests that are not in this step yet."""
-        while not self.kv_cache.allocate(request, request.num_computed_tokens + num_tokens):
-            victim = max([*unscheduled, request], key=lambda r: r.arrival)
-            assert len(self._running) > 1, "admission takes only requests that fit the whole pool"
-            self._preempt(victim)
-            if victim is request:
-                return False
-            unscheduled.remove(victim)
-        return True
-
-    def _launch(self, request: Request, num_tokens: int) -> BatchRow:
+    def add(self, request: Request, num_tokens: int) -> None:
         start_pos = request.num_computed_tokens
         end_pos = start_pos + num_tokens
         samples = end_pos == request.num_tokens
         request.num_computed_tokens = end_pos
         request.num_in_flight_tokens += samples
-        return BatchRow(request, start_pos, end_pos, samples)
+        self.rows.append(BatchRow(request, start_pos, end_pos, samples))
+        self.members.add(request)
+        self.budget -= num_tokens
 
-    def _append(self, request: Request, token_id: int) -> wire.RequestOutput:
-        if token_id == INVALID_TOKEN:
-            self._end(request)
-            return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
-        request.output_token_ids.append(token_id)
-        num_output = len(request.output_token_ids)
-        if token_id in request.end_token_ids:
-            self._end(request)
-            return wire.Finished(request.request_id, [], "stop", 0, num_output)
-        if num_output == request.max_tokens:
-            self._end(request)
-            return wire.Finished(request.request_id, [token_id], "length", 0, num_output)
-        return wire.Tokens(request.request_id, [token_id])
+
+class Scheduler:
+    """Continuous batching: prefill chunks and decodes of many requests share each step under one token budget.
+
+    - Decodes go first, and bound what is left for prompts (`PrefillPacer`), so that a long prompt does not stall them.
+    - Prompts take turns by priority, then by what their clients have had (`FairShares`), then by arrival. A client
+      that waits gets the place of one that holds two more.
+    - When blocks run out, a request gives its own back and is computed again later: of the lowest priority, of the
+      client with the most, the youngest. The oldest of the highest priority always goes on, so all of it finishes.
+    - Requests of a step that failed are tried again alone, one after the other, before all others.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        max_batch_tokens: int,
+        limits: QueueLimits | None = None,
+        pacer: PrefillPacer | None = None,
+        stats: EngineStats | None = None,
+    ) -> None:
+        """Without `limits` any number may wait; without `pacer` prompts fill each step."""
+        self.kv_cache = kv_cache
+        self._max_batch_tokens = max_batch_tokens
+        self._pacer = pacer
+        self._stats = stats or EngineStats()
+        self._shares = FairShares()
+        self._queue = WaitingQueue(limits or QueueLimits(2**62, 2**62), self._shares)
+        self._running: list[Request] = []  # by age
+        self._suspects: list[Request] = []  # took part in a step that failed; waiting or running
+        self._is_suspect_in_flight = False
+        self._by_id: dict[tuple[bytes, str], Request] = {}
+        self._num_arrivals = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> Refusal | None:
+        """Queue a request, or say why it may not wait."""
+        refusal = self._queue.refusal(request)
+        if refusal is not None:
+            return refusal
+        request.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._by_id[request.connection, request.request_id] = request
+        self._shares.join(request)
+        self._queue.push(request)
+        return None
+
+    def has(self, connection: bytes, request_id: str) -> bool:
+        return (connection, request_id) in self._by_id
+
+    def cancel(self, connection: bytes, request_id: str, now_s: float = 0.0) -> bool:
+        """End a request without output; False if it has already ended."""
+        request = self._by_id.get((connection, request_id))
+        if request is None:
+            return False
+        self._end(request, "abort", now_s)
+        return True
+
+    def cancel_connection(self, connection: bytes, now_s: float = 0.0) -> int:
+        """End all requests of an API process that is gone; how many they were."""
+        gone = [request for request in self._by_id.values() if request.connection == connection]
+        for request in gone:
+            self._end(request, "abort", now_s)
+        return len(gone)
+
+    # --- schedule ---
+
+    def schedule(self, now_s: float = 0.0) -> Batch:
+        """The next step: decodes, then prompts, while budget and blocks last."""
+        step = _Step(self._max_batch_tokens)
+        if self._suspects:
+            self._schedule_alone(step, min(self._suspects, key=age))
+        else:
+            self._make_place()
+            self._schedule_decodes(step)
+            self._schedule_prompts(step)
+        for row in step.rows:
+            self._shares.charge(row.request, row.start_pos, row.end_pos)
+            if row.request.started_s is None:
+                row.request.started_s = now_s
+                self._stats.on_start(row.request)
+        return Batch(step.rows)
+
+    def _schedule_alone(self, step: _Step, suspect: Request) -> None:
+        """Not pipelined: a failure must have one culprit."""
+        if self._is_suspect_in_flight:
+            return
+        num_tokens = min(suspect.num_uncomputed_tokens, step.budget)
+        if suspect.state is RequestState.WAITING:
+            self._start(suspect)
+        while not self.kv_cache.allocate(suspect, suspect.num_computed_tokens + num_tokens):
+            self._preempt(next(request for request in reversed(self._running) if request is not suspect))
+        step.add(suspect, num_tokens)
+        self._is_suspect_in_flight = True
+
+    def _schedule_decodes(self, step: _Step) -> None:
+        decodes = [request for request in self._running if request.is_decoding and not request.awaits_last_token]
+        for request in decodes:
+            still_runs = request.state is RequestState.RUNNING  # it may have given way to one before it
+            if still_runs and step.budget and self._make_room(step, request, 1):
+                step.add(request, 1)
+
+    def _schedule_prompts(self, step: _Step) -> None:
+        if step.rows and self._pacer is not None:
+            step.budget = min(step.budget, self._pacer.max_prefill_tokens(len(step.rows)))
+        begun = [request for request in self._running if not request.is_decoding and not request.awaits_last_token]
+        blocks_are_short = False  # then what is free is for the one whose turn it was
+        while step.budget:
+            new = None if blocks_are_short or not self.kv_cache.num_free_slots else self._queue.peek()
+            candidates = [request for request in begun if request.state is RequestState.RUNNING]
+            request = min([*candidates, *([new] if new else [])], key=self._shares.turn, default=None)
+            if request is None:
+                return
+            if request is new:
+                num_tokens = min(request.num_uncomputed_tokens, step.budget)
+                has_room = self._admit(request, num_tokens)
+            else:
+                begun.remove(request)
+                num_tokens = min(request.num_uncomputed_tokens, step.budget)
+                has_room = self._make_room(step, request, num_tokens)
+            if has_room:
+                step.add(request, num_tokens)
+            else:
+                blocks_are_short = True
+
+    def _admit(self, request: Request, num_tokens: int) -> bool:
+        """Let a waiting request run, if blocks for its next tokens and a slot are free."""
+        if not self.kv_cache.allocate(request, num_tokens):
+            return False
+        self._start(request)
+        return True
+
+    def _start(self, request: Request) -> None:
+        self._queue.remove(request)
+        request.state = RequestState.RUNNING
+        bisect.insort(self._running, request, key=age)
+
+    def _make_place(self) -> None:
+        """If a slot or blocks are short, let a running request give way to the one whose turn it is, where fair."""
+        head = self._queue.peek()
+        if head is None or self._has_place(head):
+            return
+        held = Counter(request.client for request in self._running)
+        unfair = [
+            request
+            for request in self._running
+            if request.priority > head.priority
+            or (request.priority == head.priority and held[request.client] >= held[head.client] + 2)
+        ]
+        if unfair:
+            self._preempt(max(unfair, key=lambda request: (request.priority, held[request.client], request.arrival)))
+
+    def _has_place(self, head: Request) -> bool:
+        num_tokens = min(head.num_uncomputed_tokens, self._max_batch_tokens)
+        num_blocks = math.ceil(num_tokens / self.kv_cache.block_size) + len(self._running)
+        return bool(self.kv_cache.num_free_slots) and self.kv_cache.num_free_blocks >= num_blocks
+
+    def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
+        """Get the blocks for `num_tokens` more, at the cost of others that are not in this step yet. False: all of
+        them, or the step's members, go first; then the request sits this step out and keeps what it has."""
+        while not self.kv_cache.allocate(request, request.num_computed_tokens + num_tokens):
+            held = Counter(r.client for r in self._running)
+            others = [r for r in self._running if r not in step.members and not r.awaits_last_token]
+            last = max(others, key=lambda r: (r.priority, held[r.client], r.arrival))
+            if last is request:
+                return False
+            self._preempt(last)
+        return True
 
     def _preempt(self, request: Request) -> None:
-        self.kv_cache.free(request)
-        self._running.remove(request)
+        self._release(request)
         request.state = RequestState.WAITING
-        younger = next((i for i, r in enumerate(self._waiting) if r.arrival > request.arrival), len(self._waiting))
-        self._waiting.insert(younger, request)
+        self._queue.push(request)
+        self._stats.num_preemptions += 1
 
-    def _end(self, request: Request) -> None:
+    # --- update ---
+
+    def update(self, result: StepResult | None, now_s: float = 0.0) -> Outputs:
+        """Take in the tokens of a computed step, and the time; what the requests' owners are to be told."""
+        outputs = self._expire(now_s)
+        if result is None:
+            return outputs
+        self._clear_suspects(result.batch)
+        for row, token_id in zip(result.batch.sampling_rows, result.token_ids, strict=True):
+            request = row.request
+            request.num_in_flight_tokens -= 1
+            if request.state is not RequestState.ENDED:
+                outputs.append((request.connection, self._append(request, token_id, now_s)))
+        return outputs
+
+    def fail(self, batches: list[Batch], code: str, message: str, now_s: float = 0.0) -> Outputs:
+        """These steps could not be computed, and all KV is lost. Their requests are tried again alone; one that fails
+        alone, or again and again, ends. All others are just computed again."""
+        outputs: Outputs = []
+        self._is_suspect_in_flight = False
+        lost = {row.request: row.end_pos for batch in batches for row in batch.rows}
+        for request, end_pos in lost.items():
+            request.num_failed_steps += 1
+            request.num_in_flight_tokens = 0
+            if request.state is RequestState.ENDED:
+                continue
+            if request in self._suspects or request.num_failed_steps > MAX_FAILED_STEPS:
+                self._end(request, "error", now_s)
+                outputs.append((request.connection, wire.Failed(request.request_id, code, message)))
+            else:
+                request.retry_until_pos = end_pos
+                self._suspects.append(request)
+        for request in list(self._running):
+            request.num_in_flight_tokens = 0
+            self._preempt(request)
+        return outputs
+
+    def _clear_suspects(self, computed: Batch) -> None:
+        self._is_suspect_in_flight = False
+        for row in computed.rows if self._suspects else ():
+            if row.request in self._suspects and row.end_pos >= row.request.retry_until_pos:
+                self._suspects.remove(row.request)
+
+    def _append(self, request: Request, token_id: int, now_s: float) -> wire.RequestOutput:
+        if token_id == INVALID_TOKEN:
+            self._end(request, "error", now_s)
+            return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
+        request.output_token_ids.append(token_id)
+        self._stats.on_token(request, now_s)
+        num_output = len(request.output_token_ids)
+        if token_id in request.end_token_ids:
+            self._end(request, "stop", now_s)
+            return wire.Finished(
+                request.request_id, [], "stop", 0, num_output, stop_token_id=token_id, timings=request.timings()
+            )
+        if num_output == request.max_tokens:
+            self._end(request, "length", now_s)
+            return wire.Finished(request.request_id, [token_id], "length", 0, num_output, timings=request.timings())
+        return wire.Tokens(request.request_id, [token_id])
+
+    def _expire(self, now_s: float) -> Outputs:
+        """End what nobody waits for any more."""
+        outputs: Outputs = []
+        for request in [request for request in self._by_id.values() if request.deadline_s <= now_s]:
+            self._end(request, "abort", now_s)
+            message = "The request took longer than its deadline allows."
+            outputs.append((request.connection, wire.Failed(request.request_id, "deadline_exceeded", message)))
+        return outputs
+
+    def _end(self, request: Request, reason: EndReason, now_s: float) -> None:
         """Blocks go back at once, though a step in flight may still write to them: steps run in order on the device,
         so whoever gets the blocks next writes later."""
         if request.state is RequestState.RUNNING:
-            self._running.remove(request)
-            self.kv_cache.free(request)
+            self._release(request)
         else:
-            self._waiting.remove(request)
+            self._queue.remove(request)
+        if request in self._suspects:
+            self._suspects.remove(request)
         request.state = RequestState.ENDED
+        self._shares.leave(request)
         del self._by_id[request.connection, request.request_id]
+        self._stats.on_end(request, reason, now_s)
+
+    def _release(self, request: Request) -> None:
+        self._running.remove(request)
+        self.kv_cache.free(request)
+
+    def check_integrity(self) -> None:
+        """Idle means that every block is back."""
+        self.kv_cache.check_integrity()
+        if not self._by_id:
+            assert not self._running and not self._queue and not self._suspects
+            self.kv_cache.check_all_free()

@@ -80,7 +80,8 @@ class EngineServer:
             case wire.Submit():
                 failed = self._core.submit(connection, message)
                 if failed is not None:
-                    log.error("refused request %s: %s", message.request_id, failed.message)
+                    level = logging.ERROR if failed.code == "invalid_request" else logging.INFO
+                    log.log(level, "refused request %s: %s", message.request_id, failed.message)
                     self._send(connection, wire.StepOutput([failed]))
             case wire.Cancel():
                 if self._core.cancel(connection, message.request_id):
