@@ -116,10 +116,17 @@ def test_a_full_queue_refuses_at_once() -> None:
 
 def test_one_client_leaves_room_in_the_queue() -> None:
     core, _ = make_core(max_running=1, limits=QueueLimits(max_requests=4, max_tokens=1000))
+    submit_all(core, make_submit("running", [1], 40, client="x"))
+    core.step()
     submit_all(core, *(make_submit(f"a{i}", [1], 4, client="a") for i in range(2)))
     failed = core.submit(API, make_submit("a2", [1], 4, client="a"))
     assert failed is not None and failed.code == "client_queue_full"
     submit_all(core, make_submit("b", [1], 4, client="b"))
+
+
+def test_free_places_beside_the_queue_count() -> None:
+    core, _ = make_core(max_running=8, limits=QueueLimits(max_requests=1, max_tokens=1000))
+    submit_all(core, *(make_submit(f"a{i}", [1], 4, client="a") for i in range(5)))
 
 
 def test_the_queue_is_bounded_in_tokens_too() -> None:

@@ -38,7 +38,7 @@ def fixture(directory) -> dict[str, list[int]]:
 
 
 def make_core(model: Model, *, num_blocks: int = 64, max_batch_tokens: int = 64, max_running: int = 8) -> EngineCore:
-    return make_engine_core(model, MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running))
+    return make_engine_core(model, MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running), max_queue=99)
 
 
 def generate(core: EngineCore, *messages: wire.Submit, stagger: int = 0) -> dict[str, list[int]]:

@@ -79,15 +79,15 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._num_requests
 
-    def refusal(self, request: Request) -> Refusal | None:
-        """Why a new request may not wait here; None: it may.
+    def refusal(self, request: Request, num_free_slots: int) -> Refusal | None:
+        """Why a new request may not wait here; None: it may. Those that can run in the next step don't count.
 
         A client may take as many places, and as many tokens, as are free beside it, so one alone never fills the
         queue: the next client finds room.
         """
         if not self._num_requests:
             return None
-        free_places = self._limits.max_requests - self._num_requests
+        free_places = self._limits.max_requests + num_free_slots - self._num_requests
         free_tokens = self._limits.max_tokens - self._num_tokens
         num_tokens = len(request.prompt_token_ids)
         if free_places <= 0 or free_tokens < num_tokens:

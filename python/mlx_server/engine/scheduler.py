@@ -83,7 +83,7 @@ class Scheduler:
 
     def add(self, request: Request) -> Refusal | None:
         """Queue a request, or say why it may not wait."""
-        refusal = self._queue.refusal(request)
+        refusal = self._queue.refusal(request, self.kv_cache.num_free_slots)
         if refusal is not None:
             return refusal
         request.arrival = self._num_arrivals
