@@ -7,6 +7,7 @@ from typing import Any
 import falcon.testing
 import msgspec
 import pytest
+from anthropic.types import ModelInfo
 from openai.types import Model
 
 from fake_engine import Backend, Post, failing, fake_model, silent
@@ -15,7 +16,18 @@ from mlx_server.api.rate_limit import RateLimiter
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}]}'
-PATHS = ["/", "/v1/models", "/v1/models/tiny", CHAT, "/nowhere", "/v1", "/health/", "//health"]
+PATHS = [
+    "/",
+    "/v1/models",
+    "/v1/models/tiny",
+    CHAT,
+    "/openapi.json",
+    "/nowhere",
+    "/v1",
+    "/health/",
+    "//health",
+    "/docs/",
+]
 
 
 def make_client(backend: Backend, host_header: str = "localhost", **deps: Any) -> falcon.testing.TestClient:
@@ -68,6 +80,33 @@ def test_unknown_model(client: falcon.testing.TestClient, path: str) -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_root_answers(client: falcon.testing.TestClient, method: str) -> None:
     assert client.simulate_request(method, "/").status_code == 200
+
+
+def test_models_tell_their_context(backend: Backend, client: falcon.testing.TestClient) -> None:
+    names = ("max_model_len", "context_length", "context_window")
+    assert [client.simulate_get("/v1/models/tiny").json[name] for name in names] == [100] * 3
+    backend.client.fail_streams("engine_died", "")
+    assert [client.simulate_get("/v1/models").json["data"][0][name] for name in names] == [None] * 3
+
+
+def test_models_in_anthropics_shape(client: falcon.testing.TestClient) -> None:
+    headers = {"anthropic-version": "2026-10-21"}
+    reply = client.simulate_get("/v1/models", headers=headers).json
+    assert (reply["has_more"], reply["first_id"], reply["last_id"]) == (False, "org/tiny", "org/tiny")
+    (listed,) = reply["data"]
+    for model in (listed, client.simulate_get("/v1/models/org%2Ftiny", headers=headers).json):
+        parsed = ModelInfo.model_validate(model)
+        assert (parsed.id, parsed.type, parsed.lifecycle) == ("org/tiny", "model", "active")
+        assert (model["created_at"], parsed.max_input_tokens) == ("2023-11-14T22:13:20Z", 100)
+    for end in ("after_id", "before_id"):
+        reply = client.simulate_get(f"/v1/models?{end}=org/tiny", headers=headers).json
+        assert (reply["data"], reply["has_more"], reply["first_id"], reply["last_id"]) == ([], False, None, None)
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "x", ""])
+def test_a_page_has_a_size(client: falcon.testing.TestClient, limit: str) -> None:
+    result = client.simulate_get(f"/v1/models?limit={limit}")
+    assert (result.status_code, result.json["error"]["param"]) == (400, "limit")
 
 
 # --- ids and the log ---

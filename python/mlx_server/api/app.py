@@ -8,8 +8,9 @@ from mlx_server.api.deps import Deps
 from mlx_server.api.errors import add_error_handlers
 from mlx_server.api.health import Health, Root
 from mlx_server.api.middleware import AccessLog, Auth, Cors, HostCheck, RateLimit, RequestId
+from mlx_server.api.models import ModelById, Models
 from mlx_server.api.openai.chat import ChatCompletions
-from mlx_server.api.openai.models import ModelById, Models
+from mlx_server.api.openapi import Docs, OpenApi
 
 
 def create_app(deps: Deps) -> AccessLog:
@@ -24,10 +25,24 @@ def create_app(deps: Deps) -> AccessLog:
         middleware.append(RateLimit(deps.rate_limiter))
     app = falcon.App(middleware=middleware)
     add_error_handlers(app)
-    app.add_route("/", Root())
-    for path in ("/health", "/health/ready"):
-        app.add_route(path, Health(deps))
-    app.add_route("/v1/models", Models(deps))
-    app.add_route("/v1/models/{name:path}", ModelById(deps))
-    app.add_route("/v1/chat/completions", ChatCompletions(deps))
+    routes = make_routes(deps)
+    for path, resource in routes.items():
+        app.add_route(path, resource)
     return AccessLog(app)
+
+
+def make_routes(deps: Deps) -> dict[str, Any]:
+    """Each path's resource."""
+    openapi = OpenApi()
+    routes = {
+        "/": Root(),
+        "/health": Health(deps),
+        "/health/ready": Health(deps),
+        "/v1/models": Models(deps),
+        "/v1/models/{name:path}": ModelById(deps),
+        "/v1/chat/completions": ChatCompletions(deps),
+        "/openapi.json": openapi,
+        "/docs": Docs(),
+    }
+    openapi.describe(routes, has_key=deps.api_key is not None)
+    return routes

@@ -47,6 +47,14 @@ def decode_body(req: falcon.Request, resp: falcon.Response, decoder: msgspec.jso
     return value
 
 
+def decode_query(req: falcon.Request, type_: type[_T]) -> _T:
+    """The query's parameters as a struct. Those that it has no field for are ignored, as both APIs do."""
+    try:
+        return msgspec.convert(req.params, type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+
+
 def _check_headers(req: falcon.Request) -> None:
     media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
     # A browser sends other types across origins without asking first.

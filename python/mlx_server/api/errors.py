@@ -51,6 +51,36 @@ class ClientGoneError(Exception):
     """The client closed the connection; nobody reads an answer."""
 
 
+class OpenAIErrorDetails(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None  # the field's path, such as `messages[0].content`
+    code: str | None  # stable, for programs
+
+
+class OpenAIError(msgspec.Struct):
+    """OpenAI's envelope."""
+
+    error: OpenAIErrorDetails
+
+
+class AnthropicErrorCode(msgspec.Struct):
+    error_code: str  # stable, for programs
+
+
+class AnthropicErrorDetails(msgspec.Struct):
+    type: str
+    message: str
+    details: AnthropicErrorCode | msgspec.UnsetType = msgspec.UNSET
+
+
+class AnthropicError(msgspec.Struct, tag_field="type", tag="error"):
+    """Anthropic's envelope."""
+
+    error: AnthropicErrorDetails
+    request_id: str
+
+
 class ErrorReply(msgspec.Struct, frozen=True):
     """An error as clients see it. `type` is OpenAI's; Anthropic's follows from the status."""
 
@@ -62,9 +92,8 @@ class ErrorReply(msgspec.Struct, frozen=True):
     headers: dict[str, str] = {}
 
     def body(self) -> bytes:
-        """OpenAI's envelope."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        """In OpenAI's envelope."""
+        return msgspec.json.encode(OpenAIError(OpenAIErrorDetails(self.message, self.type, self.param, self.code)))
 
     def for_anthropic(self) -> "AnthropicErrorReply":
         status = _ANTHROPIC_OVERLOADED if self.status == 503 else self.status
@@ -82,10 +111,9 @@ class AnthropicErrorReply(msgspec.Struct, frozen=True):
     headers: dict[str, str]
 
     def body(self, request_id: str) -> bytes:
-        error: dict[str, Any] = {"type": self.type, "message": self.message}
-        if self.code is not None:
-            error["details"] = {"error_code": self.code}
-        return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+        """In Anthropic's envelope."""
+        details = msgspec.UNSET if self.code is None else AnthropicErrorCode(self.code)
+        return msgspec.json.encode(AnthropicError(AnthropicErrorDetails(self.type, self.message, details), request_id))
 
 
 def speaks_anthropic(path: str, headers: Mapping[str, str]) -> bool:

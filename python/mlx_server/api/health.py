@@ -1,12 +1,28 @@
 """GET /health and GET /: is the server able to answer, and what is it."""
 
+from typing import ClassVar, Literal
+
 import falcon
+import msgspec
 
 from mlx_server.api.deps import Deps
+from mlx_server.api.openapi import Operation
+
+
+class HealthAnswer(msgspec.Struct):
+    status: Literal["ok"] = "ok"
+
+
+class RootAnswer(msgspec.Struct):
+    name: Literal["mlx-server"] = "mlx-server"
 
 
 class Health:
     """200 when a request would be taken now; 503 while the engine starts."""
+
+    operations: ClassVar = {
+        "GET": Operation(summary="Whether a request would be taken now", answer=HealthAnswer, needs_key=False)
+    }
 
     def __init__(self, deps: Deps) -> None:
         self._deps = deps
@@ -14,7 +30,7 @@ class Health:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._deps.engine.info()
         resp.content_type = "application/json"
-        resp.data = b'{"status":"ok"}'
+        resp.data = msgspec.json.encode(HealthAnswer())
 
     on_head = on_get
 
@@ -22,8 +38,10 @@ class Health:
 class Root:
     """Agents ask for it before anything else to see whether the address answers."""
 
+    operations: ClassVar = {"GET": Operation(summary="What answers here", answer=RootAnswer)}
+
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = "application/json"
-        resp.data = b'{"name":"mlx-server"}'
+        resp.data = msgspec.json.encode(RootAnswer())
 
     on_head = on_get

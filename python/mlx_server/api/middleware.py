@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], Callable[[bytes], None]]
 
-_NO_KEY = ("/health", "/health/ready")
+_HEALTH = ("/health", "/health/ready")
+_NO_KEY = (*_HEALTH, "/docs")  # a page that is the same for all servers; it asks for the key itself
 _CORS_MAX_AGE_S = 600
 # `*` covers neither `authorization` nor, in all browsers, the others.
 _CORS_REQUEST_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
@@ -115,7 +116,7 @@ class HostCheck:
 
 
 class Auth:
-    """Asks for the key on every path, known or not, but for those of health."""
+    """Asks for the key on every path, known or not, but for /health and /docs."""
 
     def __init__(self, api_key: str) -> None:
         self._key_hash = _hash(api_key.encode())
@@ -144,7 +145,7 @@ class RateLimit:
         self._limiter = limiter
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path in _NO_KEY:
+        if req.path in _HEALTH:
             return
         wait_s = self._limiter.admit(req.remote_addr)
         if wait_s:

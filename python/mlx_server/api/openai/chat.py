@@ -4,6 +4,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import falcon
 import msgspec
@@ -24,6 +25,7 @@ from mlx_server.api.openai.types import (
     PromptTokensDetails,
     unsupported_fields,
 )
+from mlx_server.api.openapi import Operation
 from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, SseBody, frame, stream, wait_for_events
 from mlx_server.chat.generation import Generation
 from mlx_server.chat.types import ChatMessage, ChatRequest, Done, Event, Scalar, TextDelta, Usage
@@ -36,6 +38,15 @@ _encode = msgspec.json.encode
 
 class ChatCompletions:
     """The resource."""
+
+    operations: ClassVar = {
+        "POST": Operation(
+            summary="The next turn of a conversation",
+            request=ChatCompletionRequest,
+            answer=ChatCompletion,
+            events=ChatCompletionChunk,
+        )
+    }
 
     def __init__(self, deps: Deps) -> None:
         self._deps = deps

@@ -3,11 +3,11 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, field
 
 from mlx_server.chat.types import Scalar
 
-_ABSENT = Raw(b"null")
+_ABSENT: Any = field(default_factory=lambda: Raw(b"null"))  # a plain default can't be shown in a JSON Schema
 _INT64_MAX = 2**63 - 1
 
 
