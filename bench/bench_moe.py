@@ -1,4 +1,7 @@
-"""A mixture-of-experts block, router and experts: ours and mlx-lm's, on one set of float32 activations."""
+"""A mixture-of-experts block, router and experts: ours, the same in MLX's own ops, and mlx-lm's.
+
+In float32 on the CPU, in bfloat16 on a GPU.
+"""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -6,6 +9,7 @@ from itertools import cycle
 import mlx.core as mx
 import pytest
 
+from mlx_server import _ext
 from mlx_server.ops.linear import quantized_linear
 from mlx_server.ops.moe import ExpertMatrix, moe_mlp, route
 
@@ -15,7 +19,8 @@ Arrays = tuple[mx.array, mx.array, mx.array]
 
 GROUP_SIZE, BITS = 64, 4
 SIZES = {"64 experts, 8 of them": (64, 8, 1024, 512), "Qwen3-30B-A3B": (128, 8, 2048, 768)}  # E, k, D, N
-TOKENS = {"decode of 1": 1, "decode of 8": 8, "prefill of 256": 256}
+TOKENS = {"decode of 1": 1, "decode of 8": 8, "decode of 16": 16, "prefill of 256": 256}
+DTYPE = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
 
 
 def random_weights(num_experts: int, n: int, d: int) -> dict[str, Arrays]:
@@ -28,12 +33,13 @@ def random_weights(num_experts: int, n: int, d: int) -> dict[str, Arrays]:
     }
     weights = {}
     for name, shape in shapes.items():
-        weights[name] = mx.quantize(mx.random.normal(shape) * shape[-1] ** -0.5, GROUP_SIZE, BITS)
+        dense = (mx.random.normal(shape) * shape[-1] ** -0.5).astype(DTYPE)
+        weights[name] = mx.quantize(dense, GROUP_SIZE, BITS)
         mx.eval(weights[name])
     return weights
 
 
-def ours(weights: dict[str, Arrays], top_k: int) -> Block:
+def ours(weights: dict[str, Arrays], top_k: int, mlp: Callable[..., mx.array] = moe_mlp) -> Block:
     matrices = {
         name: ExpertMatrix(*weights[f"{name}_proj"], group_size=GROUP_SIZE, bits=BITS)
         for name in ("gate", "up", "down")
@@ -41,9 +47,14 @@ def ours(weights: dict[str, Arrays], top_k: int) -> Block:
 
     def block(x: mx.array) -> mx.array:
         logits = quantized_linear(x, *weights["router"], group_size=GROUP_SIZE, bits=BITS)
-        return moe_mlp(x, *route(logits, top_k=top_k, scoring="softmax", normalize=True), **matrices)
+        return mlp(x, *route(logits, top_k=top_k, scoring="softmax", normalize=True), **matrices)
 
     return block
+
+
+def fallback(weights: dict[str, Arrays], top_k: int) -> Block:
+    """Experts by `mx.gather_qmm`."""
+    return ours(weights, top_k, _ext.moe_mlp_fallback)
 
 
 def mlx_lm(weights: dict[str, Arrays], top_k: int) -> Block:
@@ -66,14 +77,16 @@ def mlx_lm(weights: dict[str, Arrays], top_k: int) -> Block:
     return block
 
 
-@pytest.mark.parametrize("make", [ours, mlx_lm], ids=["mlx-server", "mlx-lm"])
+@pytest.mark.parametrize("make", [ours, fallback, mlx_lm], ids=["mlx-server", "mlx", "mlx-lm"])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_moe(benchmark, make, tokens, size):
     num_experts, top_k, d, n = SIZES[size]
     mx.random.seed(0)
     weights = random_weights(num_experts, n, d)
-    inputs = [mx.random.normal((TOKENS[tokens], d)) for _ in range(20)]  # other experts each time: not from the cache
+    inputs = [
+        mx.random.normal((TOKENS[tokens], d)).astype(DTYPE) for _ in range(20)
+    ]  # other experts each time: not from the cache
     x = cycle(inputs)
     block = make(weights, top_k)
     mx.eval(inputs, block(next(x)))

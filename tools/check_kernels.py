@@ -70,7 +70,11 @@ def metal_text(kernel: str, element_type: str, input_space: str) -> str:
         f"using {name} = {element_type};\n" if value in TYPES else f"constexpr int {name} = {value};\n"
         for name, _, value in declared(kernel, "constants")
     )
-    parameters = [f"  const {input_space} {kind}* {name}" for kind, name in declared(kernel, "inputs")]
+    parameters = []
+    for kind, name in declared(kernel, "inputs"):
+        parameters.append(f"  const {input_space} {kind}* {name}")
+        if f"{name}_shape" in kernel:
+            parameters.append(f"  const constant int* {name}_shape")
     parameters += [f"  device {kind}* {name}" for kind, name in declared(kernel, "outputs")]
     prologue = (ROOT / "csrc/kernels/metal.prologue").read_text()
     signature = "void kernel_function(\n" + ",\n".join([*parameters, ATTRIBUTES]) + ") {\n"
@@ -80,6 +84,7 @@ def metal_text(kernel: str, element_type: str, input_space: str) -> str:
 def compile_error(text: str) -> str:
     """What clang says, or nothing."""
     options = ["-x", "c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-Wno-unused-variable"]
+    options += ["-I", str(ROOT / "csrc")]
     command = [sys.executable, "-m", "ziglang", "clang", "--target=aarch64-linux-gnu", *options, "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False).stderr
 

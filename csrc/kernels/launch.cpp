@@ -37,7 +37,7 @@ std::string unique_name(const KernelSource& source, const KernelLaunch& launch) 
   std::ostringstream name;
   name << source.name;
   for (const mx::array& input : launch.inputs) {
-    name << '_' << static_cast<int>(input.dtype().val()) << (input.size() < 8 ? "c" : "");
+    name << '_' << static_cast<int>(input.dtype().val()) << (input.size() < 8 && mx::metal::is_available() ? "c" : "");
   }
   for (const mx::Dtype& dtype : launch.output_dtypes) {
     name << "_o" << static_cast<int>(dtype.val());

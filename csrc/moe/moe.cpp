@@ -13,9 +13,8 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
-#include "kernel_sources.h"
-#include "kernels/launch.h"
 #include "moe/moe_cpu.h"
+#include "moe/moe_gpu.h"
 
 namespace mlx_server {
 
@@ -73,24 +72,6 @@ class RoutePrimitive : public mx::Primitive {
   Scoring scoring_;
   bool normalize_;
 };
-
-std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Scoring scoring, bool normalize,
-                                          mx::Stream s) {
-  const mx::Shape shape{logits.shape(0), top_k};
-  const auto outputs = launch(kernel_sources::moe_route,
-                              {.inputs = {logits},
-                               .output_shapes = {shape, shape},
-                               .output_dtypes = {mx::int32, mx::float32},
-                               .constants = {{"T", logits.dtype()},
-                                             {"EXPERTS", logits.shape(1)},
-                                             {"TOP_K", top_k},
-                                             {"SOFTMAX", scoring == Scoring::kSoftmax ? 1 : 0},
-                                             {"NORMALIZE", normalize ? 1 : 0}},
-                               .groups = {logits.shape(0), 1, 1},
-                               .threads = 32},
-                              s);
-  return {outputs[0], outputs[1]};
-}
 
 // How the arrays of an ExpertMatrix are stored; group_size 0 and bits 32 if plain.
 struct Form {
@@ -224,9 +205,7 @@ std::pair<mx::array, mx::array> route(const mx::array& logits, int top_k, Scorin
   }
   const mx::Stream stream = mx::to_stream(s);
   if (stream.device == mx::Device::gpu) {
-    const bool has_kernel = top_k <= 32 && logits.shape(1) <= 1024 && logits.size() > 0;
-    return has_kernel ? route_gpu(logits, top_k, scoring, normalize, stream)
-                      : route_fallback(logits, top_k, scoring, normalize, stream);
+    return route_gpu(logits, top_k, scoring, normalize, stream);
   }
   const mx::Shape shape{logits.shape(0), top_k};
   const auto outputs = mx::array::make_arrays({shape, shape}, {mx::int32, mx::float32},
@@ -247,7 +226,10 @@ mx::array moe_mlp(const mx::array& x, const mx::array& experts, const mx::array&
   check_matrix("up", up, num_experts, n, d);
   check_matrix("down", down, num_experts, d, n);
   const mx::Stream stream = mx::to_stream(s);
-  if (stream.device != mx::Device::cpu || !has_kernel(gate, d) || !has_kernel(up, d) || !has_kernel(down, n)) {
+  if (stream.device == mx::Device::gpu) {
+    return moe_mlp_gpu(x, experts, weights, gate, up, down, shared, stream);
+  }
+  if (!has_kernel(gate, d) || !has_kernel(up, d) || !has_kernel(down, n)) {
     return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, stream);
   }
   std::vector<mx::array> inputs{mx::astype(x, mx::float32, stream), experts, weights};

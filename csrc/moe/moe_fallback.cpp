@@ -1,7 +1,7 @@
 #include <mlx/ops.h>
 
 #include "elementwise/elementwise.h"
-#include "moe/moe.h"
+#include "moe/moe_gpu.h"
 
 namespace mlx_server {
 
@@ -42,26 +42,32 @@ std::pair<mx::array, mx::array> route_fallback(const mx::array& logits, int top_
   return {mx::astype(mx::astype(best, mx::uint32, s), mx::int32, s), weights};
 }
 
+ExpertRows expert_rows(const mx::array& x, const mx::array& experts, const ExpertMatrix& gate, const ExpertMatrix& up,
+                       const ExpertMatrix& down, bool sorted, mx::Stream s) {
+  const int top_k = experts.shape(1), num_rows = static_cast<int>(experts.size());
+  mx::array ids = mx::flatten(experts, s);                            // [T * k]
+  mx::array pair_of_row = mx::arange(0, num_rows, 1, mx::uint32, s);  // [T * k]
+  mx::array row_of_pair = pair_of_row;                                // [T * k]
+  if (sorted) {
+    pair_of_row = mx::argsort(ids, 0, s);
+    row_of_pair = mx::argsort(pair_of_row, 0, s);
+    ids = mx::take(ids, pair_of_row, s);
+  }
+  const mx::array token_of_row = mx::floor_divide(pair_of_row, mx::array(top_k, mx::uint32), s);
+  const mx::array rows_x = mx::expand_dims(mx::take(x, token_of_row, 0, s), 1, s);  // [T * k, 1, D]
+  const mx::array hidden = silu_mul(expert_linear(rows_x, gate, ids, sorted, s),
+                                    expert_linear(rows_x, up, ids, sorted, s), s);  // [T * k, 1, N]
+  return {mx::squeeze(expert_linear(hidden, down, ids, sorted, s), 1, s), row_of_pair};
+}
+
 mx::array moe_mlp_fallback(const mx::array& x, const mx::array& experts, const mx::array& weights,
                            const ExpertMatrix& gate, const ExpertMatrix& up, const ExpertMatrix& down,
                            const std::optional<mx::array>& shared, mx::StreamOrDevice device) {
   const mx::Stream s = mx::to_stream(device);
-  const int tokens = x.shape(0), top_k = experts.shape(1), rows = tokens * top_k;
-  const bool sorted = rows >= kMinSortedRows;
-  mx::array ids = mx::flatten(experts, s);       // [T * top_k]
-  mx::array token_of_row = mx::arange(rows, s);  // [T * top_k]
-  mx::array row_of_pair = token_of_row;          // where token t's j-th expert computes: [T * top_k]
-  if (sorted) {
-    token_of_row = mx::argsort(ids, 0, s);
-    row_of_pair = mx::argsort(token_of_row, 0, s);
-    ids = mx::take(ids, token_of_row, s);
-  }
-  token_of_row = mx::floor_divide(token_of_row, mx::array(top_k, token_of_row.dtype()), s);
-  const mx::array rows_x = mx::expand_dims(mx::take(x, token_of_row, 0, s), 1, s);  // [T * top_k, 1, D]
-  const mx::array hidden = silu_mul(expert_linear(rows_x, gate, ids, sorted, s),
-                                    expert_linear(rows_x, up, ids, sorted, s), s);  // [T * top_k, 1, N]
-  mx::array y = mx::squeeze(expert_linear(hidden, down, ids, sorted, s), 1, s);     // [T * top_k, D]
-  y = mx::reshape(sorted ? mx::take(y, row_of_pair, 0, s) : y, {tokens, top_k, x.shape(1)}, s);
+  const bool sorted = static_cast<int>(experts.size()) >= kMinSortedRows;
+  const auto [rows, row_of_pair] = expert_rows(x, experts, gate, up, down, sorted, s);
+  mx::array y = mx::reshape(sorted ? mx::take(rows, row_of_pair, 0, s) : rows,
+                            {x.shape(0), experts.shape(1), x.shape(1)}, s);  // [T, k, D]
   y = mx::sum(mx::multiply(mx::astype(y, mx::float32, s), mx::expand_dims(weights, -1, s), s), 1, false, s);
   if (shared) {
     y = mx::add(y, mx::astype(*shared, mx::float32, s), s);

@@ -39,10 +39,7 @@ class DenseContext:
             old_k, old_v = self._kv.arrays[key]
             k, v = mx.concatenate([old_k, k]), mx.concatenate([old_v, v])
         self._kv.arrays[key] = k, v
-        mask = causal_mask(len(q), len(k), window)
-        q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        return y[0].swapaxes(0, 1)
+        return mx.array(attention(*map(_float32, (q, k, v)), scale, window), q.dtype)
 
     def gated_delta(self, layer, qkv, conv_weight, a, b, a_log, dt_bias, *, num_key_heads, key_head_dim) -> mx.array:
         conv_weight, a_log, dt_bias = map(_float32, (conv_weight, a_log, dt_bias))
@@ -74,10 +71,19 @@ class DenseContext:
         return mx.array(np.concatenate(outputs), qkv.dtype)
 
 
-def causal_mask(num_queries: int, num_keys: int, window: int | None) -> mx.array:
-    """[num_queries, num_keys] bool: which keys the last `num_queries` tokens see."""
-    distance = mx.arange(num_keys - num_queries, num_keys)[:, None] - mx.arange(num_keys)
-    return (distance >= 0) & (distance < (num_keys if window is None else window))
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None) -> np.ndarray:
+    """The last queries [T, H, D] of a request attend causally to its keys and values [S, Hk, D]: [T, H, D]
+
+    In NumPy: on a GPU MLX prepares its own attention anew for each S.
+    """
+    (num_queries, num_heads, _), (num_keys, num_kv_heads, head_dim) = q.shape, k.shape
+    q = q.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = np.einsum("thgd,shd->hgts", q, k, optimize=True) * np.float64(scale)
+    distance = np.arange(num_keys - num_queries, num_keys)[:, None] - np.arange(num_keys)  # [T, S]
+    scores[..., (distance < 0) | (distance >= (window or num_keys))] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = np.einsum("hgts,shd->thgd", weights / weights.sum(-1, keepdims=True), v, optimize=True)
+    return y.reshape(num_queries, num_heads, head_dim)
 
 
 def _float32(x: mx.array) -> np.ndarray:
