@@ -17,6 +17,7 @@ METAL = """
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
+#define thread
 using size_t = decltype(sizeof(0));
 using uint = unsigned int;
 using ushort = unsigned short;
@@ -26,6 +27,7 @@ using uint8_t = unsigned char;
 using float16_t = _Float16;
 using bfloat16_t = __bf16;
 struct uint3 { uint x, y, z; };
+typedef float float4 __attribute__((ext_vector_type(4)));
 namespace metal {
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);

@@ -13,10 +13,8 @@
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
 #include "common/thread_pool.h"
-#include "common/write_rows.h"
 #include "gated_delta/gated_delta_cpu.h"
-#include "kernel_sources.h"
-#include "kernels/launch.h"
+#include "gated_delta/gated_delta_gpu.h"
 
 namespace mlx_server {
 
@@ -73,17 +71,6 @@ void check(const GatedDeltaInputs& in) {
   check_shape("a_log", in.a_log, {heads});
   check_shape("dt_bias", in.dt_bias, {heads});
   check_rows(in);
-}
-
-// [B, 3]: first token, number of tokens, whether the row is fresh
-mx::array row_table(const GatedDeltaInputs& in) {
-  std::vector<int> table;
-  int first = 0;
-  for (std::size_t b = 0; b < in.query_lens.size(); ++b) {
-    table.insert(table.end(), {first, in.query_lens[b], in.fresh[b]});
-    first += in.query_lens[b];
-  }
-  return mx::array(table.data(), {static_cast<int>(in.query_lens.size()), 3}, mx::int32);
 }
 
 // inputs: the arrays of GatedDeltaInputs in their order. outputs: y, conv_state, state
@@ -158,40 +145,6 @@ Outputs gated_delta_cpu(const GatedDeltaInputs& in, mx::Stream s) {
                              {f32(in.qkv), f32(in.conv_weight), f32(in.a), f32(in.b), f32(in.a_log), f32(in.dt_bias),
                               f32(in.conv_state), in.state, in.slots});
   return {mx::astype(outputs[0], in.qkv.dtype(), s), mx::astype(outputs[1], in.conv_state.dtype(), s), outputs[2]};
-}
-
-Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
-  const int num_rows = in.slots.shape(0), num_tokens = in.qkv.shape(0), channels = in.qkv.shape(1);
-  const int taps = in.conv_weight.shape(1), heads = in.state.shape(1), value_dim = in.state.shape(2);
-  constexpr int kThreads = 128, kGroupValues = kThreads / 4;
-  const mx::array rows = row_table(in);
-  std::vector<std::pair<std::string, mx::fast::TemplateArg>> constants{
-      {"KEY_HEADS", in.num_key_heads}, {"KEY_DIM", in.key_head_dim}, {"VALUE_HEADS", heads}, {"VALUE_DIM", value_dim}};
-  const auto with = [&](mx::Dtype type) {
-    auto all = constants;
-    all.emplace_back("T", type);
-    return all;
-  };
-  auto conv_constants = with(in.conv_state.dtype());
-  conv_constants.emplace_back("TAPS", taps);
-  const auto conv = launch(kernel_sources::gated_delta_conv,
-                           {.inputs = {in.qkv, in.conv_weight, in.conv_state, in.slots, rows},
-                            .output_shapes = {{num_tokens, channels}, {num_rows, taps - 1, channels}},
-                            .output_dtypes = {mx::float32, in.conv_state.dtype()},
-                            .constants = conv_constants,
-                            .groups = {2 * in.num_key_heads + heads, num_tokens, 1},
-                            .threads = kThreads},
-                           s);
-  const auto scan =
-      launch(kernel_sources::gated_delta_scan,
-             {.inputs = {conv[0], in.a, in.b, in.a_log, in.dt_bias, in.state, in.slots, rows},
-              .output_shapes = {{num_tokens, heads, value_dim}, {num_rows, heads, value_dim, in.key_head_dim}},
-              .output_dtypes = {in.qkv.dtype(), mx::float32},
-              .constants = with(in.qkv.dtype()),
-              .groups = {(value_dim + kGroupValues - 1) / kGroupValues, heads, num_rows},
-              .threads = kThreads},
-             s);
-  return {scan[0], write_rows(in.conv_state, in.slots, conv[1], s), write_rows(in.state, in.slots, scan[1], s)};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -106,6 +107,10 @@ inline float host_simd_read(float x, int lane) {
   return HostThread::current().exchange(x, [&](const auto& v) { return v[static_cast<std::size_t>(lane)]; });
 }
 
+// UBSan checks what the kernel promises: that the array's side is aligned.
+inline void host_load4(float* to, const float* from) { std::copy_n(std::assume_aligned<16>(from), 4, to); }
+inline void host_store4(float* to, const float* from) { std::copy_n(from, 4, std::assume_aligned<16>(to)); }
+
 }  // namespace mlx_server
 
 #define THREAD (mlx_server::HostThread::current().index)
@@ -114,7 +119,7 @@ inline float host_simd_read(float x, int lane) {
 #define GROUP_X (mlx_server::HostThread::current().group[0])
 #define GROUP_Y (mlx_server::HostThread::current().group[1])
 #define GROUP_Z (mlx_server::HostThread::current().group[2])
-#define SHARED static
+#define SHARED alignas(16) static
 #define DEVICE
 #define BARRIER() mlx_server::HostThread::current().group_barrier->arrive_and_wait()
 #define SIMD_BARRIER() mlx_server::HostThread::current().simdgroup->barrier.arrive_and_wait()
@@ -128,4 +133,6 @@ inline float host_simd_read(float x, int lane) {
 #define ABS(x) std::abs(x)
 #define MAX(a, b) std::max(a, b)
 #define MIN(a, b) std::min(a, b)
+#define LOAD4(to, from) mlx_server::host_load4(to, from)
+#define STORE4(to, from) mlx_server::host_store4(to, from)
 #define UNROLL

@@ -31,8 +31,8 @@ std::vector<std::string> declared_names(std::string_view text, std::string_view 
   return names;
 }
 
-// MLX keeps compiled kernels by name, so one name stands for one text: it depends on the types of arrays, and on which
-// inputs MLX puts into Metal's constant memory, those with fewer than 8 elements.
+// MLX keeps compiled kernels by name, so one name stands for one text: it depends on the types of arrays, and on Metal
+// on which inputs MLX puts into constant memory, those with fewer than 8 elements.
 std::string unique_name(const KernelSource& source, const KernelLaunch& launch) {
   std::ostringstream name;
   name << source.name;

@@ -1,0 +1,189 @@
+// Rows of few tokens take one launch, gated_delta_step. Prompts take three: gated_delta_conv, then gated_delta_chunk
+// for all chunks at once, then gated_delta_scan, which carries the states through the chunks.
+#include "gated_delta/gated_delta_gpu.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <mlx/ops.h>
+
+#include "common/write_rows.h"
+#include "kernel_sources.h"
+#include "kernels/launch.h"
+
+namespace mlx_server {
+
+namespace mx = mlx::core;
+
+namespace {
+
+constexpr int kChunk = 64;     // tokens, as in the kernels
+constexpr int kFewTokens = 8;  // up to here one by one is faster
+constexpr int kMaxChunkedKeyDim = 128;
+
+using Outputs = std::tuple<mx::array, mx::array, mx::array>;
+using Constants = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
+
+// [N, columns]; padded to 8 numbers, so that MLX does not compile another kernel for less (kernels/README.md).
+mx::array make_table(std::vector<int> values, int columns) {
+  while (values.size() < 8 || static_cast<int>(values.size()) % columns != 0) {
+    values.push_back(0);
+  }
+  return mx::array(values.data(), {static_cast<int>(values.size()) / columns, columns}, mx::int32);
+}
+
+// Rows of the batch that take the same way, R of them in N chunks.
+struct Rows {
+  int num_rows, num_chunks;
+  mx::array places;  // [R], in the batch
+  mx::array rows;    // [R, 5]: place, first token, number of tokens, whether the row is fresh, first chunk
+  mx::array chunks;  // [N, 3]: row, first token, number of tokens
+};
+
+Rows make_rows(const GatedDeltaInputs& in, const std::vector<bool>& is_wanted) {
+  std::vector<int> places, rows, chunks;
+  int first = 0;
+  for (std::size_t b = 0; b < in.query_lens.size(); first += in.query_lens[b++]) {
+    if (is_wanted[b]) {
+      const int row = static_cast<int>(places.size()), n = in.query_lens[b];
+      places.push_back(static_cast<int>(b));
+      rows.insert(rows.end(), {places.back(), first, n, in.fresh[b], static_cast<int>(chunks.size() / 3)});
+      for (int t = 0; t < n; t += kChunk) {
+        chunks.insert(chunks.end(), {row, first + t, std::min(n - t, kChunk)});
+      }
+    }
+  }
+  const int num_rows = static_cast<int>(places.size());
+  return {num_rows, static_cast<int>(chunks.size() / 3), mx::array(places.data(), {num_rows}, mx::int32),
+          make_table(rows, 5), make_table(chunks, 3)};
+}
+
+struct Plan {
+  std::vector<int> query_lens;
+  std::vector<bool> fresh;
+  bool can_chunk;
+  Rows few, many;         // rows of few tokens and of many
+  mx::array is_few_rows;  // bool [T, 1, 1], the token's row
+};
+
+Plan make_plan(const GatedDeltaInputs& in, bool can_chunk) {
+  std::vector<bool> few, many;
+  std::vector<char> tokens;
+  for (const int n : in.query_lens) {
+    few.push_back(!can_chunk || n <= kFewTokens);
+    many.push_back(!few.back());
+    tokens.insert(tokens.end(), static_cast<std::size_t>(n), few.back());
+  }
+  const mx::array is_few(tokens.data(), {static_cast<int>(tokens.size()), 1, 1}, mx::bool_);
+  return {in.query_lens, in.fresh, can_chunk, make_rows(in, few), make_rows(in, many), is_few};
+}
+
+// The plan is the same for all layers of a step, and for all steps of plain decoding. CUDA moves what the host has
+// written when a kernel first reads it, which takes longer than a decode.
+const Plan& plan_of(const GatedDeltaInputs& in) {
+  static thread_local std::optional<Plan> last;
+  const bool can_chunk = in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 8 == 0 && in.state.shape(2) % 4 == 0;
+  if (!last || last->query_lens != in.query_lens || last->fresh != in.fresh || last->can_chunk != can_chunk) {
+    last.emplace(make_plan(in, can_chunk));
+  }
+  return *last;
+}
+
+Constants constants(const GatedDeltaInputs& in) {
+  return {{"T", in.qkv.dtype()},
+          {"KEY_HEADS", in.num_key_heads},
+          {"KEY_DIM", in.key_head_dim},
+          {"VALUE_HEADS", in.state.shape(1)},
+          {"VALUE_DIM", in.state.shape(2)}};
+}
+
+Constants conv_constants(const GatedDeltaInputs& in) {
+  Constants all = constants(in);
+  all.emplace_back("C", in.conv_state.dtype());
+  all.emplace_back("TAPS", in.conv_weight.shape(1));
+  return all;
+}
+
+// y of the tokens of `rows` (the others' are undefined), and the states with these rows' new ones.
+Outputs written(const GatedDeltaInputs& in, const Rows& rows, const mx::array& y, const mx::array& conv_state,
+                const mx::array& state, mx::Stream s) {
+  const bool is_all = rows.num_rows == in.slots.shape(0);
+  const mx::array slots = is_all ? in.slots : mx::take(in.slots, rows.places, 0, s);
+  return {y, write_rows(in.conv_state, slots, conv_state, s), write_rows(in.state, slots, state, s)};
+}
+
+Outputs steps(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
+  constexpr int kThreads = 128, kValues = kThreads / 4;
+  const int num_tokens = in.qkv.shape(0), channels = in.qkv.shape(1), history = in.conv_state.shape(1);
+  const int heads = in.state.shape(1), value_dim = in.state.shape(2), key_dim = in.key_head_dim;
+  const auto out = launch(kernel_sources::gated_delta_step,
+                          {.inputs = {in.qkv, in.conv_weight, in.a, in.b, in.a_log, in.dt_bias, in.conv_state, in.state,
+                                      in.slots, rows.rows},
+                           .output_shapes = {{num_tokens, heads, value_dim},
+                                             {rows.num_rows, history, channels},
+                                             {rows.num_rows, heads, value_dim, key_dim}},
+                           .output_dtypes = {in.qkv.dtype(), in.conv_state.dtype(), mx::float32},
+                           .constants = conv_constants(in),
+                           .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
+                           .threads = kThreads},
+                          s);
+  return written(in, rows, out[0], out[1], out[2], s);
+}
+
+Outputs chunks(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
+  constexpr int kConvThreads = 128, kThreads = 256, kValues = 32;
+  const int num_tokens = in.qkv.shape(0), channels = in.qkv.shape(1), history = in.conv_state.shape(1);
+  const int heads = in.state.shape(1), value_dim = in.state.shape(2), key_dim = in.key_head_dim, n = rows.num_chunks;
+  const auto conv = launch(kernel_sources::gated_delta_conv,
+                           {.inputs = {in.qkv, in.conv_weight, in.conv_state, in.slots, rows.rows, rows.chunks},
+                            .output_shapes = {{num_tokens, channels}, {rows.num_rows, history, channels}},
+                            .output_dtypes = {mx::float32, in.conv_state.dtype()},
+                            .constants = conv_constants(in),
+                            .groups = {2 * in.num_key_heads + heads, n, 1},
+                            .threads = kConvThreads},
+                           s);
+  const auto parts = launch(kernel_sources::gated_delta_chunk,
+                            {.inputs = {conv[0], in.a, in.b, in.a_log, in.dt_bias, rows.chunks},
+                             .output_shapes = {{n, heads, key_dim, 2 * kChunk},
+                                               {n, heads, kChunk, value_dim},
+                                               {n, heads, kChunk, kChunk},
+                                               {n, heads, kChunk + 1}},
+                             .output_dtypes = {mx::float32, mx::float32, mx::float32, mx::float32},
+                             .constants = constants(in),
+                             .groups = {heads, n, 1},
+                             .threads = kThreads},
+                            s);
+  const auto scan =
+      launch(kernel_sources::gated_delta_scan,
+             {.inputs = {conv[0], parts[0], parts[1], parts[2], parts[3], in.state, in.slots, rows.rows},
+              .output_shapes = {{num_tokens, heads, value_dim}, {rows.num_rows, heads, value_dim, key_dim}},
+              .output_dtypes = {in.qkv.dtype(), mx::float32},
+              .constants = constants(in),
+              .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
+              .threads = kThreads},
+             s);
+  return written(in, rows, scan[0], conv[1], scan[1], s);
+}
+
+}  // namespace
+
+Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
+  const Plan& plan = plan_of(in);
+  if (plan.many.num_rows == 0) {
+    return steps(in, plan.few, s);
+  }
+  if (plan.few.num_rows == 0) {
+    return chunks(in, plan.many, s);
+  }
+  GatedDeltaInputs rest = in;
+  const auto [few_y, conv_state, state] = steps(in, plan.few, s);
+  rest.conv_state = conv_state;
+  rest.state = state;
+  const auto [many_y, new_conv_state, new_state] = chunks(rest, plan.many, s);
+  return {mx::where(plan.is_few_rows, few_y, many_y, s), new_conv_state, new_state};
+}
+
+}  // namespace mlx_server

@@ -1,0 +1,172 @@
+// gated_delta's kernels for GPUs against the recurrence in double precision.
+#include <algorithm>
+#include <vector>
+
+#include "check.h"
+#include "gated_delta_reference.h"
+#include "kernels/host.h"
+
+namespace {
+
+using mlx_server::host_launch;
+using mlx_server::HostBfloat16;
+
+template <typename T, typename C, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int TAPS, int THREADS>
+void step_kernel(const T* qkv, const T* conv_weight, const T* a, const T* b, const T* a_log, const T* dt_bias,
+                 const C* conv_state, const float* state, const int* slots, const int* rows, T* y, C* new_conv_state,
+                 float* new_state) {
+#include "gated_delta/gated_delta_step.kernel"
+}
+
+template <typename T, typename C, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int TAPS, int THREADS>
+void conv_kernel(const T* qkv, const T* conv_weight, const C* conv_state, const int* slots, const int* rows,
+                 const int* chunks, float* mixed, C* new_conv_state) {
+#include "gated_delta/gated_delta_conv.kernel"
+}
+
+template <typename T, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int THREADS>
+void chunk_kernel(const float* mixed, const T* a, const T* b, const T* a_log, const T* dt_bias, const int* chunks,
+                  float* left, float* added, float* products, float* decays) {
+#include "gated_delta/gated_delta_chunk.kernel"
+}
+
+template <typename T, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM>
+void scan_kernel(const float* mixed, const float* left, const float* added, const float* products, const float* decays,
+                 const float* state, const int* slots, const int* rows, T* y, float* new_state) {
+#include "gated_delta/gated_delta_scan.kernel"
+}
+
+constexpr int kChunk = 64;
+
+// What the kernels are told of rows and chunks, and room for what they compute. Rows [R] are those of the batch.
+template <typename T>
+struct Launch {
+  Case<T> c;
+  std::vector<int> rows{}, chunks{};
+  std::vector<T> y{}, conv{};
+  std::vector<float> state{};
+
+  explicit Launch(Case<T> filled) : c(std::move(filled)) {
+    const int num_rows = static_cast<int>(c.query_lens.size());
+    for (int row = 0, first = 0; row < num_rows; first += c.query_lens[row++]) {
+      const int n = c.query_lens[row], num_chunks = static_cast<int>(chunks.size() / 3);
+      rows.insert(rows.end(), {row, first, n, c.fresh[row], num_chunks});
+      for (int t = 0; t < n; t += kChunk) chunks.insert(chunks.end(), {row, first + t, std::min(n - t, kChunk)});
+    }
+    y.resize(static_cast<std::size_t>(c.num_tokens() * c.value_heads * c.value_dim));
+    conv.resize(c.conv_state.size() / kSlots * num_rows);
+    state.resize(c.state.size() / kSlots * num_rows);
+  }
+
+  int num_rows() const { return static_cast<int>(rows.size() / 5); }
+  int num_chunks() const { return static_cast<int>(chunks.size() / 3); }
+};
+
+template <typename T, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int TAPS>
+void run_steps(Launch<T>& run) {
+  constexpr int kThreads = 64, kValues = kThreads / 4;
+  const Case<T>& c = run.c;
+  host_launch({(VALUE_DIM + kValues - 1) / kValues, VALUE_HEADS, run.num_rows()}, kThreads, [&] {
+    step_kernel<T, T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, TAPS, kThreads>(
+        c.qkv.data(), c.conv_weight.data(), c.a.data(), c.b.data(), c.a_log.data(), c.dt_bias.data(),
+        c.conv_state.data(), c.state.data(), c.slots.data(), run.rows.data(), run.y.data(), run.conv.data(),
+        run.state.data());
+  });
+}
+
+template <typename T, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int TAPS>
+void run_chunks(Launch<T>& run) {
+  constexpr int kThreads = 256, kValues = 32;
+  const Case<T>& c = run.c;
+  const std::size_t cells = static_cast<std::size_t>(run.num_chunks() * VALUE_HEADS);
+  std::vector<float> mixed(c.qkv.size()), left(cells * KEY_DIM * 2 * kChunk), added(cells * kChunk * VALUE_DIM),
+      products(cells * kChunk * kChunk), decays(cells * (kChunk + 1));
+  host_launch({2 * KEY_HEADS + VALUE_HEADS, run.num_chunks(), 1}, 64, [&] {
+    conv_kernel<T, T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, TAPS, 64>(
+        c.qkv.data(), c.conv_weight.data(), c.conv_state.data(), c.slots.data(), run.rows.data(), run.chunks.data(),
+        mixed.data(), run.conv.data());
+  });
+  host_launch({VALUE_HEADS, run.num_chunks(), 1}, kThreads, [&] {
+    chunk_kernel<T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, kThreads>(
+        mixed.data(), c.a.data(), c.b.data(), c.a_log.data(), c.dt_bias.data(), run.chunks.data(), left.data(),
+        added.data(), products.data(), decays.data());
+  });
+  host_launch({(VALUE_DIM + kValues - 1) / kValues, VALUE_HEADS, run.num_rows()}, kThreads, [&] {
+    scan_kernel<T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM>(mixed.data(), left.data(), added.data(), products.data(),
+                                                               decays.data(), c.state.data(), c.slots.data(),
+                                                               run.rows.data(), run.y.data(), run.state.data());
+  });
+}
+
+// Values [B, size] of the batch's rows into a copy of all slots' values.
+template <typename T>
+std::vector<T> with_rows(std::vector<T> slots_values, const std::vector<T>& rows, const std::vector<int>& slots) {
+  const std::size_t size = slots_values.size() / kSlots;
+  for (std::size_t row = 0; row < slots.size(); ++row) {
+    std::copy_n(rows.begin() + static_cast<long>(row * size), size,
+                slots_values.begin() + static_cast<long>(slots[row] * size));
+  }
+  return slots_values;
+}
+
+template <typename T>
+void check(const Launch<T>& run, double tolerance) {
+  const Result want = expected(run.c);
+  check_near(run.y, want.y, tolerance);
+  check_near(with_rows(run.c.conv_state, run.conv, run.c.slots), want.conv_state, 0);
+  check_near(with_rows(run.c.state, run.state, run.c.slots), want.state, 2e-5);
+}
+
+template <typename T, int kKeyHeads, int kKeyDim, int kValueHeads, int kValueDim, int kTaps>
+Case<T> make_case(const std::vector<int>& query_lens, const std::vector<char>& fresh) {
+  Case<T> c{query_lens, fresh, kKeyHeads, kValueHeads, kKeyDim, kValueDim, kTaps};
+  c.fill();
+  return c;
+}
+
+template <typename T, int... kSizes>
+void check_steps(const std::vector<int>& query_lens, const std::vector<char>& fresh, double tolerance) {
+  Launch<T> run(make_case<T, kSizes...>(query_lens, fresh));
+  run_steps<T, kSizes...>(run);
+  check(run, tolerance);
+}
+
+template <typename T, int... kSizes>
+void check_chunks(const std::vector<int>& query_lens, const std::vector<char>& fresh, double tolerance) {
+  Launch<T> run(make_case<T, kSizes...>(query_lens, fresh));
+  run_chunks<T, kSizes...>(run);
+  check(run, tolerance);
+}
+
+TEST(steps_agree_with_the_recurrence) {
+  check_steps<float, 1, 32, 2, 32, 4>({1, 3, 2}, {0, 0, 1}, 2e-5);
+  check_steps<float, 2, 6, 4, 20, 3>({9}, {0}, 2e-5);         // sizes that fill neither lanes nor groups
+  check_steps<float, 1, 100, 1, 3, 2>({2, 1}, {0, 1}, 2e-5);  // more channels than threads
+}
+
+TEST(steps_with_bfloat16) { check_steps<HostBfloat16, 1, 16, 2, 16, 4>({1, 10}, {0, 1}, 8e-3); }
+
+TEST(chunks_agree_with_the_recurrence) {
+  check_chunks<float, 1, 32, 2, 32, 4>({9, 64}, {0, 1}, 2e-5);
+  check_chunks<float, 1, 128, 1, 128, 4>({65}, {0}, 2e-5);
+  check_chunks<float, 1, 8, 1, 4, 2>({130, 1}, {1, 0}, 2e-5);
+  check_chunks<float, 1, 40, 1, 36, 3>({3, 63, 2}, {0, 0, 0}, 2e-5);  // sizes that fill neither slabs nor groups
+}
+
+TEST(chunks_with_bfloat16) { check_chunks<HostBfloat16, 1, 16, 2, 16, 4>({1, 70}, {0, 1}, 8e-3); }
+
+// Tokens that forget everything, and keys that are equal, where the triangle is hardest to solve.
+TEST(chunks_of_strong_decay_and_equal_keys) {
+  Case<float> c = make_case<float, 1, 32, 1, 32, 4>({80}, {0});
+  c.a_log[0] = 4;
+  for (int t = 10; t < 70; ++t) {
+    std::copy_n(c.qkv.begin() + 10 * c.channels(), c.channels(), c.qkv.begin() + t * c.channels());
+    c.a[static_cast<std::size_t>(t)] = t >= 30 && t < 40 ? 30.0f : -8.0f;
+    c.b[static_cast<std::size_t>(t)] = 8;
+  }
+  Launch<float> run(std::move(c));
+  run_chunks<float, 1, 32, 1, 32, 4>(run);
+  check(run, 2e-5);
+}
+
+}  // namespace
