@@ -15,7 +15,6 @@ from mlx_server.errors import ServerError
 # What the first answer waits for, so that an early failure has an HTTP status of its own, also for streams; then the
 # longest silence in a stream.
 FIRST_EVENT_S = KEEP_ALIVE_S = 5.0
-_KEEP_ALIVE = b": keep-alive\n\n"
 _CLIENT_CHECK_S = 0.1
 
 
@@ -56,6 +55,7 @@ class Encoder(Protocol):
     def start(self) -> bytes: ...
     def events(self, events: Sequence[Event]) -> bytes: ...
     def end(self) -> bytes: ...
+    def keep_alive(self) -> bytes: ...
     def error(self, reply: ErrorReply) -> bytes: ...
 
 
@@ -86,7 +86,7 @@ class SseBody:
             return self._encoder.error(describe(error))
         except ClientGoneError:
             raise StopIteration from None
-        return self._frames(events) or _KEEP_ALIVE
+        return self._frames(events) or self._encoder.keep_alive()
 
     def close(self) -> None:
         self._generation.close()

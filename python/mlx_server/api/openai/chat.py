@@ -26,8 +26,8 @@ from mlx_server.api.openai.types import (
     unsupported_fields,
 )
 from mlx_server.api.openapi import Operation
-from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, SseBody, frame, stream, wait_for_events
-from mlx_server.chat.generation import Generation
+from mlx_server.api.respond import respond
+from mlx_server.api.sse import frame
 from mlx_server.chat.types import ChatMessage, ChatRequest, Done, Event, Scalar, TextDelta, Usage
 from mlx_server.errors import InvalidRequestError
 from mlx_server.sampling_params import SamplingParams
@@ -57,23 +57,11 @@ class ChatCompletions:
         body = decode_body(req, resp, self._decoder, strict=deps.strict)
         deps.check_model(body.model)
         request = to_chat_request(body, deps.model.default_sampling, deps.max_tokens)
-        client = Client(req)
-        generation = Generation(deps.model, deps.engine, request, deps.timeout_s)
-        try:
-            first = wait_for_events(generation, client, FIRST_EVENT_S)
-            if body.stream:
-                include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-                encoder = ChunkEncoder(body.model, deps.fingerprint, include_usage)
-                stream(resp, SseBody(generation, encoder, client, first))
-            else:
-                events = list(first)
-                while not generation.finished:
-                    events += wait_for_events(generation, client, KEEP_ALIVE_S)
-                resp.content_type = "application/json"
-                resp.data = _encode(fold(events, body.model, deps.fingerprint))
-        except BaseException:
-            generation.close()
-            raise
+        encoder = None
+        if body.stream:
+            include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            encoder = ChunkEncoder(body.model, deps.fingerprint, include_usage)
+        respond(req, resp, deps, request, encoder, lambda events: _encode(fold(events, body.model, deps.fingerprint)))
 
 
 def to_chat_request(body: ChatCompletionRequest, defaults: SamplingParams, max_tokens: int) -> ChatRequest:
@@ -210,6 +198,9 @@ class ChunkEncoder:
         if self._include_usage:
             usage = frame(_encode(msgspec.structs.replace(self._template, usage=self._usage)))
         return usage + frame(b"[DONE]")
+
+    def keep_alive(self) -> bytes:
+        return b": keep-alive\n\n"
 
     def error(self, reply: ErrorReply) -> bytes:
         return frame(reply.body())

@@ -1,0 +1,35 @@
+"""One generation's answer: streamed, or all of its events folded into one body."""
+
+from collections.abc import Callable
+
+import falcon
+
+from mlx_server.api.deps import Deps
+from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, Encoder, SseBody, stream, wait_for_events
+from mlx_server.chat.generation import Generation
+from mlx_server.chat.types import ChatRequest, Event
+
+
+def respond(
+    req: falcon.Request,
+    resp: falcon.Response,
+    deps: Deps,
+    request: ChatRequest,
+    encoder: Encoder | None,
+    fold: Callable[[list[Event]], bytes],
+) -> None:
+    """Answer with the stream that `encoder` writes; without one, with what `fold` makes of all events."""
+    client = Client(req)
+    generation = Generation(deps.model, deps.engine, request, deps.timeout_s)
+    try:
+        events = wait_for_events(generation, client, FIRST_EVENT_S)
+        if encoder is not None:
+            stream(resp, SseBody(generation, encoder, client, events))
+            return
+        while not generation.finished:
+            events += wait_for_events(generation, client, KEEP_ALIVE_S)
+        resp.content_type = "application/json"
+        resp.data = fold(events)
+    except BaseException:
+        generation.close()
+        raise
