@@ -145,7 +145,6 @@ def test_a_timeout_in_the_stream_is_its_last_event(
 
 
 def test_comments_fill_silence(backend: Backend, post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_server.api.openai.chat.FIRST_EVENT_S", 0.02)
     monkeypatch.setattr("mlx_server.api.sse.KEEP_ALIVE_S", 0.02)
     go = threading.Event()
 
