@@ -26,7 +26,9 @@ from mlx_server.wire import (
     EngineInfo,
     Failed,
     Finished,
+    GetMetrics,
     Hello,
+    Metrics,
     RequestOutput,
     StepOutput,
     Submit,
@@ -88,7 +90,7 @@ def failing(code: str, after: str = "") -> Script:
 class FakeEngine:
     """The engine's end of the socket, in a thread. Answers every request with `script`."""
 
-    def __init__(self, address: str, *, context_length: int = 100) -> None:
+    def __init__(self, address: str, *, context_length: int = 100, max_requests: int = 1000) -> None:
         self.address = address
         self.script: Script = answer()
         self.submits: list[Submit] = []
@@ -97,7 +99,7 @@ class FakeEngine:
         self.num_hellos = 0
         self.silent = False  # take connections, but say nothing
         self.outbox: queue.SimpleQueue[tuple[bytes, StepOutput]] = queue.SimpleQueue()  # sent as it is
-        self._info = EngineInfo(context_length=context_length, vocab_size=END + 1)
+        self._info = EngineInfo(context_length, vocab_size=END + 1, max_requests=max_requests, limited_by_memory=False)
         self._connections: dict[str, bytes] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -114,7 +116,7 @@ class FakeEngine:
         self._socket.close()
         self._context.term()
 
-    def send(self, connection: bytes, message: EngineInfo | StepOutput) -> None:
+    def send(self, connection: bytes, message: EngineInfo | StepOutput | Metrics) -> None:
         self._socket.send_multipart([connection, msgspec.msgpack.encode(message)])
 
     def _run(self) -> None:
@@ -142,6 +144,8 @@ class FakeEngine:
                 self.submits.append(message)
                 self._connections[request_id] = connection
                 self.running[request_id] = self.script(message)
+            case GetMetrics():
+                self.send(connection, Metrics("vllm:num_requests_running 0\n"))
             case Cancel(request_id=request_id):
                 self.cancelled.append(request_id)
                 self.running.pop(request_id, None)

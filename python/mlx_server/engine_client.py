@@ -26,7 +26,9 @@ from mlx_server.wire import (
     EngineMessage,
     Failed,
     Finished,
+    GetMetrics,
     Hello,
+    Metrics,
     RequestOutput,
     StepOutput,
     Submit,
@@ -97,6 +99,7 @@ class EngineClient:
         self._lock = threading.Lock()  # guards _info and _streams
         self._info: EngineInfo | None = None
         self._streams: dict[str, EngineStream] = {}  # by request
+        self._awaits_metrics: list[queue.SimpleQueue[str]] = []  # guarded by _lock too
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -121,6 +124,25 @@ class EngineClient:
         with self._lock:
             return self._ready_info()
 
+    def metrics(self, timeout_s: float) -> str:
+        """The engine's counters as text. OverloadedError if it is starting, or does not answer in time."""
+        reply: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with self._lock:
+            self._ready_info()
+            self._awaits_metrics.append(reply)
+            self._outbox.put(_encode(GetMetrics()))
+        self._wake()
+        try:
+            return reply.get(timeout=timeout_s)
+        except queue.Empty:
+            raise OverloadedError(
+                "The engine does not answer.", code="engine_busy", retry_after_s=_RETRY_AFTER_S
+            ) from None
+        finally:
+            with self._lock:
+                if reply in self._awaits_metrics:
+                    self._awaits_metrics.remove(reply)
+
     def open_stream(self) -> EngineStream:
         return EngineStream(self._submit, self._cancel)
 
@@ -142,7 +164,12 @@ class EngineClient:
     def _submit(self, stream: EngineStream, submit: Submit) -> None:
         frame = _encode(submit)
         with self._lock:
-            self._ready_info()
+            if len(self._streams) >= self._ready_info().max_requests:  # the engine would say so too, only later
+                raise OverloadedError(
+                    "The server has more requests than it can queue; try again soon.",
+                    code="queue_full",
+                    retry_after_s=2,
+                )
             self._streams[submit.request_id] = stream
             self._outbox.put(frame)
         self._wake()
@@ -230,6 +257,11 @@ class EngineClient:
                 log.info("connected to the engine")
                 with self._lock:
                     self._info = message
+            case Metrics(text):
+                with self._lock:  # any answer is new enough for all who wait
+                    replies, self._awaits_metrics = self._awaits_metrics, []
+                for reply in replies:
+                    reply.put(text)
             case StepOutput(outputs):
                 for output in outputs:
                     self._deliver(output)

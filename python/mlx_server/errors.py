@@ -44,6 +44,10 @@ class OverloadedError(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class ClientLimitError(OverloadedError):
+    """This client has too many requests waiting (HTTP 429 with Retry-After); others may still be served."""
+
+
 class RequestTimeoutError(ServerError):
     """The request ran longer than `--timeout` (HTTP 504); its work is cancelled."""
 

@@ -46,7 +46,11 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
-ClientMessage = Hello | Submit | Cancel
+class GetMetrics(msgspec.Struct, tag=True, frozen=True):
+    """Answered by `Metrics`."""
+
+
+ClientMessage = Hello | Submit | Cancel | GetMetrics
 
 
 # --- engine -> API ---
@@ -57,6 +61,8 @@ class EngineInfo(msgspec.Struct, tag=True, frozen=True):
 
     context_length: int  # tokens, prompt and answer together
     vocab_size: int
+    max_requests: int  # that can run and wait together
+    limited_by_memory: bool  # the model could have more context than the KV cache holds
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -124,4 +130,10 @@ class StepOutput(msgspec.Struct, tag=True, frozen=True):
     outputs: list[RequestOutput]
 
 
-EngineMessage = EngineInfo | StepOutput
+class Metrics(msgspec.Struct, tag=True, frozen=True):
+    """The engine's counters."""
+
+    text: str  # in Prometheus's format
+
+
+EngineMessage = EngineInfo | StepOutput | Metrics

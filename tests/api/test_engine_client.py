@@ -31,7 +31,40 @@ def read(stream: EngineStream) -> list[RequestOutput]:
 
 
 def test_info_is_what_the_engine_said(backend: Backend) -> None:
-    assert backend.client.info() == EngineInfo(context_length=100, vocab_size=END + 1)
+    assert backend.client.info() == EngineInfo(100, END + 1, max_requests=1000, limited_by_memory=False)
+
+
+def test_more_requests_than_the_engine_takes_are_refused_at_once(tmp_path: Path) -> None:
+    engine = FakeEngine(f"ipc://{tmp_path}/engine", max_requests=2)
+    engine.script = silent
+    client = EngineClient(engine.address)
+    client.start()
+    until(lambda: client._info)
+    streams = [submit(client) for _ in range(2)]
+    with pytest.raises(OverloadedError) as error:
+        submit(client)
+    assert error.value.code == "queue_full"
+    streams[0].close()
+    submit(client)
+    client.close()
+    engine.stop()
+
+
+def test_metrics_are_asked_for_by_many_threads(backend: Backend) -> None:
+    texts: list[str] = []
+    threads = [threading.Thread(target=lambda: texts.append(backend.client.metrics(10.0))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == ["vllm:num_requests_running 0\n"] * 8
+
+
+def test_metrics_of_an_engine_that_does_not_answer(backend: Backend) -> None:
+    backend.engine.stop()
+    until(lambda: not backend._is_ready())
+    with pytest.raises(OverloadedError):
+        backend.client.metrics(0.01)
 
 
 def test_outputs_reach_their_stream_in_order(backend: Backend) -> None:
@@ -157,8 +190,8 @@ def test_a_frame_that_is_no_message_ends_the_connection_not_the_client(tmp_path:
     connection, _ = router.recv_multipart()
     router.send_multipart([connection, b"\xc1 this is no msgpack"])
     connection, _ = router.recv_multipart()  # the next connection's Hello
-    router.send_multipart([connection, msgspec.msgpack.encode(EngineInfo(7, 8))])
-    until(lambda: client._info == EngineInfo(7, 8))
+    router.send_multipart([connection, msgspec.msgpack.encode(EngineInfo(7, 8, 9, True))])
+    until(lambda: client._info == EngineInfo(7, 8, 9, True))
     client.close()
     router.close(0)
     context.term()

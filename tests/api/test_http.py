@@ -335,7 +335,8 @@ def test_wrong_methods(client: falcon.testing.TestClient, method: str, path: str
     "code, status, kind, headers",
     [
         ("engine_died", 503, "server_error", {"retry-after": "5"}),
-        ("queue_full", 503, "server_error", {"retry-after": "1"}),
+        ("queue_full", 503, "server_error", {"retry-after": "2"}),
+        ("client_queue_full", 429, "rate_limit_error", {"retry-after": "2"}),
         ("invalid_logits", 500, "server_error", {"x-should-retry": "false"}),
     ],
 )

@@ -37,8 +37,7 @@ def make_core(
     core = EngineCore(
         scheduler,
         runner,
-        context_length=context,
-        vocab_size=FAKE_VOCAB_SIZE,
+        info=wire.EngineInfo(context, FAKE_VOCAB_SIZE, max_requests=100, limited_by_memory=False),
         pacer=pacer,
         stats=stats,
         clock=clock,

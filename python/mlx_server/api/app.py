@@ -7,6 +7,7 @@ import falcon
 from mlx_server.api.deps import Deps
 from mlx_server.api.errors import add_error_handlers
 from mlx_server.api.health import Health, Root
+from mlx_server.api.metrics import Metrics
 from mlx_server.api.middleware import AccessLog, Auth, Cors, HostCheck, RateLimit, RequestId
 from mlx_server.api.models import ModelById, Models
 from mlx_server.api.openai.chat import ChatCompletions
@@ -38,6 +39,7 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/": Root(),
         "/health": Health(deps),
         "/health/ready": Health(deps),
+        "/metrics": Metrics(deps),
         "/v1/models": Models(deps),
         "/v1/models/{name:path}": ModelById(deps),
         "/v1/chat/completions": ChatCompletions(deps),

@@ -8,6 +8,7 @@ import falcon
 import msgspec
 
 from mlx_server.errors import (
+    ClientLimitError,
     GenerationError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -143,7 +144,9 @@ def describe(error: ServerError) -> ErrorReply:
             reply = ErrorReply(status, _INVALID, error.message, error.param, error.code)
         case OverloadedError():
             headers = {"retry-after": str(error.retry_after_s)}
-            reply = ErrorReply(503, "server_error", error.message, None, error.code, headers)
+            is_limit = isinstance(error, ClientLimitError)
+            status, kind = (429, "rate_limit_error") if is_limit else (503, "server_error")
+            reply = ErrorReply(status, kind, error.message, None, error.code, headers)
         case RequestTimeoutError():
             reply = ErrorReply(504, "timeout", error.message, None, "request_timeout", _NO_RETRY)
         case GenerationError():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import falcon
+import msgspec
 
 from mlx_server.api.deps import Deps
 from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, Encoder, SseBody, stream, wait_for_events
@@ -20,6 +21,7 @@ def respond(
 ) -> None:
     """Answer with the stream that `encoder` writes; without one, with what `fold` makes of all events."""
     client = Client(req)
+    request = msgspec.structs.replace(request, client=req.remote_addr)
     generation = Generation(deps.model, deps.engine, request, deps.timeout_s)
     try:
         events = wait_for_events(generation, client, FIRST_EVENT_S)

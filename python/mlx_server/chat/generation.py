@@ -10,12 +10,20 @@ from mlx_server.chat.served_model import ServedModel, Tokenizer
 from mlx_server.chat.stop import StopFilter
 from mlx_server.chat.types import ChatRequest, Done, Event, TextDelta, Usage
 from mlx_server.engine_client import EngineClient
-from mlx_server.errors import GenerationError, InvalidRequestError, OverloadedError, RequestTimeoutError
+from mlx_server.errors import (
+    ClientLimitError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestTimeoutError,
+)
 from mlx_server.wire import EngineInfo, Failed, Finished, FinishReason, Submit, Tokens
 
 # More bytes a token of context than any real prompt has; longer ones are refused without the work of tokenizing them.
 _MAX_BYTES_PER_TOKEN = 8
-_RETRY_AFTER_S = {"engine_died": 5, "server_stopping": 5, "queue_full": 1}  # Failed.code -> when to send it again
+# Failed.code -> when to send it again
+_RETRY_AFTER_S = {"engine_died": 5, "server_stopping": 5, "queue_full": 2, "client_queue_full": 2}
+_TIMEOUT = "The request took longer than the server's --timeout allows; it was cancelled."
 _ITERATION_WAIT_S = 60.0
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -39,7 +47,16 @@ class Generation:
         max_tokens = min(request.max_tokens, info.context_length - len(prompt_token_ids))
         self._stream = engine.open_stream()
         self._stream.submit(
-            Submit(uuid.uuid4().hex, prompt_token_ids, max_tokens, model.end_token_ids, request.sampling)
+            Submit(
+                uuid.uuid4().hex,
+                prompt_token_ids,
+                max_tokens,
+                model.end_token_ids,
+                request.sampling,
+                priority=request.priority,
+                client=request.client,
+                deadline_s=timeout_s,
+            )
         )
 
     def poll(self, timeout_s: float) -> list[Event]:
@@ -51,7 +68,7 @@ class Generation:
         remaining_s = self._deadline - time.monotonic()
         if remaining_s <= 0:
             self.close()
-            raise RequestTimeoutError("The request took longer than the server's --timeout allows; it was cancelled.")
+            raise RequestTimeoutError(_TIMEOUT)
         pieces: list[str] = []
         done: Done | None = None
         for output in self._stream.get(min(timeout_s, remaining_s)) or ():
@@ -113,15 +130,19 @@ def _tokenize(prompt: str, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
 
 
 def _too_long(info: EngineInfo, length: str) -> InvalidRequestError:
+    why = " here, as the KV cache holds no more (see --memory-limit)" if info.limited_by_memory else ""
     return InvalidRequestError(
-        f"This model's maximum context length is {info.context_length} tokens, but the messages are {length}.",
+        f"This model's maximum context length is {info.context_length} tokens{why}, but the messages are {length}.",
         param="messages",
         code="context_length_exceeded",
     )
 
 
-def _failure(failed: Failed) -> OverloadedError | GenerationError:
+def _failure(failed: Failed) -> OverloadedError | RequestTimeoutError | GenerationError:
+    if failed.code == "deadline_exceeded":
+        return RequestTimeoutError(_TIMEOUT)
     retry_after_s = _RETRY_AFTER_S.get(failed.code)
     if retry_after_s is None:
         return GenerationError(failed.message, code=failed.code)
-    return OverloadedError(failed.message, code=failed.code, retry_after_s=retry_after_s)
+    kind = ClientLimitError if failed.code == "client_queue_full" else OverloadedError
+    return kind(failed.message, code=failed.code, retry_after_s=retry_after_s)

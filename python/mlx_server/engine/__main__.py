@@ -53,8 +53,9 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     plan = plan_memory(model)
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
-    core = make_engine_core(model, plan)
+    core = make_engine_core(model, plan, model_name=launch.model.name)
     warm_up(core)
+    core.reset_stats()
     kv_bytes = plan.num_tokens * KVPools.bytes_per_token(model.kv_spec)
     lines = {
         "Context": f"{core.info.context_length:,} tokens",

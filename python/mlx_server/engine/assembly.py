@@ -1,5 +1,6 @@
 """The engine's parts, put together around a model."""
 
+from mlx_server import wire
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.memory import MemoryPlan
@@ -31,8 +32,12 @@ def make_engine_core(
     return EngineCore(
         Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens, limits=limits, pacer=pacer, stats=stats),
         ModelRunner(model, plan),
-        context_length=model.context_length if longest is None else min(model.context_length, longest),
-        vocab_size=model.vocab_size,
+        info=wire.EngineInfo(
+            context_length=min(model.context_length, longest or model.context_length),
+            vocab_size=model.vocab_size,
+            max_requests=plan.max_running + max_queue,
+            limited_by_memory=longest is not None and longest < model.context_length,
+        ),
         pacer=pacer,
         stats=stats,
     )

@@ -44,8 +44,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: Runner,
         *,
-        context_length: int,
-        vocab_size: int,
+        info: wire.EngineInfo,
         pacer: PrefillPacer | None = None,
         stats: EngineStats | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -58,7 +57,7 @@ class EngineCore:
         self._clock = clock
         self._launching: Batch | None = None
         self._device_free_s = 0.0  # when the step in flight could begin
-        self.info = wire.EngineInfo(context_length, vocab_size)
+        self.info = info
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +115,7 @@ class EngineCore:
         gauges = Gauges(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            cache_usage=1 - kv_cache.num_free_blocks / kv_cache.num_blocks,
+            cache_usage=(kv_cache.num_blocks - kv_cache.num_free_blocks) / kv_cache.num_blocks,
             block_size=kv_cache.block_size,
             num_blocks=kv_cache.num_blocks,
         )

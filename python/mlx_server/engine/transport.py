@@ -86,6 +86,8 @@ class EngineServer:
             case wire.Cancel():
                 if self._core.cancel(connection, message.request_id):
                     log.info("request %s cancelled", message.request_id)
+            case wire.GetMetrics():
+                self._send(connection, wire.Metrics(self._core.metrics()))
 
     def _send_outputs(self, outputs: Outputs) -> None:
         by_connection: dict[bytes, list[wire.RequestOutput]] = defaultdict(list)

@@ -1,0 +1,63 @@
+"""How the share of prompts in a step follows what steps take."""
+
+import pytest
+
+from engine.test_fairness import submit_all
+from engine.test_scheduler import make_core, make_submit
+from mlx_server.engine.pacing import GRANULE, MIN_TOKENS, SLOWDOWN, PrefillPacer
+
+
+def test_a_mixed_step_takes_about_the_allowed_time() -> None:
+    pacer = PrefillPacer(default_tokens=64)
+    decode_s, token_s = 0.030, 0.0004
+
+    def duration_s(num_tokens: int) -> float:
+        return decode_s + token_s * num_tokens
+
+    pacer.observe(8, 0, decode_s)
+    assert pacer.max_prefill_tokens(8) == 64
+    for _ in range(30):
+        num_tokens = pacer.max_prefill_tokens(8)
+        pacer.observe(8, num_tokens, duration_s(num_tokens))
+    num_tokens = pacer.max_prefill_tokens(8)
+    assert num_tokens % GRANULE == 0
+    assert duration_s(num_tokens) <= SLOWDOWN * decode_s < duration_s(num_tokens + GRANULE)
+
+
+def test_prompts_always_go_on() -> None:
+    pacer = PrefillPacer(default_tokens=64)
+    pacer.observe(1, 0, 0.001)
+    pacer.observe(0, 100, 100.0)
+    assert pacer.max_prefill_tokens(1) == MIN_TOKENS
+
+
+def test_one_odd_step_changes_little() -> None:
+    pacer = PrefillPacer(default_tokens=64)
+    for _ in range(10):
+        pacer.observe(4, 0, 0.02)
+        pacer.observe(4, 64, 0.03)
+    before = pacer.max_prefill_tokens(4)
+    pacer.observe(4, 64, 60.0)
+    assert before / 2 <= pacer.max_prefill_tokens(4) <= before
+
+
+@pytest.mark.parametrize(("num_seen", "wanted"), [(1, 8), (8, 1)])
+def test_the_closest_number_of_decodes_counts(num_seen: int, wanted: int) -> None:
+    pacer = PrefillPacer(default_tokens=1000)
+    pacer.observe(num_seen, 0, 0.032)
+    pacer.observe(0, 32, 0.032)
+    assert pacer.max_prefill_tokens(wanted) == 32
+
+
+def test_prompts_fill_the_step_when_nothing_decodes_and_less_beside_decodes() -> None:
+    core, runner = make_core(max_batch_tokens=64, context=1000, num_blocks=1000, pacer=PrefillPacer(5))
+    submit_all(core, make_submit("a", [1], 40))
+    core.step()
+    submit_all(core, make_submit("b", [1] * 100, 2))
+    core.step()
+    assert runner.in_flight is not None
+    assert [row.num_tokens for row in runner.in_flight.rows] == [1, 5]
+    core.cancel(b"api-1", "a")
+    core.step()
+    assert runner.in_flight is not None
+    assert [row.num_tokens for row in runner.in_flight.rows] == [64]
