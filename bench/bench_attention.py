@@ -1,45 +1,67 @@
-"""Attention over the paged KV cache: our kernel beside its fallback, which gathers the blocks for MLX's attention."""
+"""Attention over the paged KV cache, beside what MLX offers: gather each row's blocks, then its fused attention."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_server import _ext
-from mlx_server.ops.attention import paged_attention, write_kv
+from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, write_kv
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # H, Hk, D
 BLOCK_SIZE = 16
 # (query_len, context_len) of each row
 BATCHES = {
     "decode at 512": [(1, 512)],
-    "decode at 4096": [(1, 4096)],
+    "decode at 4k": [(1, 4096)],
+    "decode at 32k": [(1, 32768)],
     "8 decodes at 512": [(1, 512)] * 8,
+    "8 decodes at 4k": [(1, 4096)] * 8,
     "prefill of 512": [(512, 512)],
+    "prefill of 2048": [(2048, 2048)],
     "4 decodes and a chunk": [(1, 500)] * 4 + [(256, 768)],
 }
+LAYERS = 8  # of one launch: what a step's layers share is made once
 
 
-@pytest.mark.parametrize("op", [paged_attention, _ext.paged_attention_fallback], ids=["mlx-server", "gather and SDPA"])
+def gather_and_sdpa(q, pool, tables, lens, scale):
+    """Row by row, as MLX's own attention wants it."""
+    outputs, begin = [], 0
+    for table, (query_len, context_len) in zip(tables, lens, strict=True):
+        rows = q[begin : begin + query_len].swapaxes(0, 1)[None]  # [1, H, query_len, D]
+        k, v = (x[table].flatten(0, 1)[:context_len].swapaxes(0, 1)[None] for x in (pool.keys, pool.values))
+        mask = "causal" if query_len > 1 else None
+        outputs.append(mx.fast.scaled_dot_product_attention(rows, k, v, scale=scale, mask=mask)[0].swapaxes(0, 1))
+        begin += query_len
+    return mx.concatenate(outputs)
+
+
+@pytest.mark.parametrize("peer", [False, True], ids=["mlx-server", "gather and SDPA"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("batch", BATCHES)
-def bench_attention(benchmark, op, heads, batch):
+def bench_attention(benchmark, batch, heads, peer):
     num_heads, num_kv_heads, head_dim = HEADS[heads]
-    query_lens, context_lens = zip(*BATCHES[batch], strict=True)
-    row_blocks = max(context_lens) // BLOCK_SIZE
-    rng = np.random.default_rng(0)
-    tables = rng.permutation(row_blocks * len(query_lens)).reshape(len(query_lens), row_blocks).astype(np.int32)
-    pool = mx.random.normal((tables.size, BLOCK_SIZE, num_kv_heads, head_dim))
-    q = mx.random.normal((sum(query_lens), num_heads, head_dim))
-    arguments = {
-        "block_tables": mx.array(tables),
-        "query_lens": list(query_lens),
-        "context_lens": list(context_lens),
-        "scale": head_dim**-0.5,
-    }
-    mx.eval(op(q, pool, pool, **arguments))
+    dtype = mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16
+    lens = BATCHES[batch]
+    row_blocks = max(context_len for _, context_len in lens) // BLOCK_SIZE
+    blocks = np.random.default_rng(0).permutation(row_blocks * len(lens)).astype(np.int32)
+    tables = mx.array(blocks.reshape(len(lens), row_blocks))
+    shape = (tables.size, BLOCK_SIZE, num_kv_heads, head_dim)
+    pool = KVPool(mx.random.normal(shape).astype(dtype), mx.random.normal(shape).astype(dtype))
+    q = mx.random.normal((sum(query_len for query_len, _ in lens), num_heads, head_dim)).astype(dtype)
+    mx.eval(q, pool.keys, pool.values, tables)
+
+    def run():
+        x = q
+        rows = AttentionBatch(tables, *(list(lengths) for lengths in zip(*lens, strict=True)))
+        for _ in range(LAYERS):
+            if peer:
+                x = gather_and_sdpa(x, pool, tables, lens, head_dim**-0.5)
+            else:
+                x = paged_attention(x, pool, rows, scale=head_dim**-0.5)
+        mx.eval(x)
+
     mx.reset_peak_memory()
-    benchmark.group = f"attention, one layer of {heads}: {batch}"
-    benchmark.pedantic(lambda: mx.eval(op(q, pool, pool, **arguments)), rounds=5, warmup_rounds=1)
+    benchmark.group = f"attention, {LAYERS} layers of {heads}: {batch}"
+    benchmark.pedantic(run, rounds=5, warmup_rounds=2)
     benchmark.extra_info["peak_memory_mb"] = mx.get_peak_memory() / 1e6
 
 
@@ -47,12 +69,12 @@ def bench_attention(benchmark, op, heads, batch):
 def bench_write_kv(benchmark, num_blocks):
     """One token into a pool: the time must not depend on the pool's size."""
     benchmark.group = "write_kv of one token"
-    pools = [mx.zeros((num_blocks, BLOCK_SIZE, 3, 64)) for _ in range(2)]
+    pools = [new_kv_pool((num_blocks, BLOCK_SIZE, 3, 64), mx.float32)]
     token, slot = mx.ones((1, 3, 64)), mx.array([num_blocks * BLOCK_SIZE - 1], dtype=mx.int32)
-    mx.eval(pools, token, slot)
+    mx.eval(pools[0].keys, pools[0].values, token, slot)
 
     def write():
-        pools[:] = write_kv(*pools, token, token, slot)
-        mx.eval(pools)
+        pools[0] = write_kv(pools[0], token, token, slot)
+        mx.eval(pools[0].keys, pools[0].values)
 
     benchmark.pedantic(write, rounds=20, iterations=10, warmup_rounds=1)

@@ -41,6 +41,9 @@ int simd_broadcast(int, ushort);
 float exp(float);
 float log(float);
 float rsqrt(float);
+namespace precise {
+float tanh(float);
+}
 float abs(float);
 int abs(int);
 float max(float, float);
@@ -49,6 +52,10 @@ float min(float, float);
 int min(int, int);
 }  // namespace metal
 using namespace metal;
+template <typename To>
+To as_type(int bits) {
+  return __builtin_bit_cast(To, bits);
+}
 """
 # A variable of a function can't lie in another address space for clang, a static one can.
 SHARED = "#undef SHARED\n#define SHARED static threadgroup\n"
@@ -59,11 +66,11 @@ ATTRIBUTES = """  uint thread_index_in_threadgroup,
 
 
 def declared(text: str, label: str) -> list[list[str]]:
-    """The words of each declaration in the line "// <label>: …"."""
-    line = re.search(rf"^// {label}: (.*)$", text, re.MULTILINE)
-    if line is None:
+    """The words of each declaration in the lines "// <label>: …"."""
+    lines = re.findall(rf"^// {label}: (.*)$", text, re.MULTILINE)
+    if not lines:
         raise ValueError(f'there is no line "// {label}: …"')
-    return [declaration.split() for declaration in line[1].split(",")]
+    return [declaration.split() for line in lines for declaration in line.split(",")]
 
 
 def metal_text(kernel: str, element_type: str, input_space: str) -> str:
@@ -73,8 +80,8 @@ def metal_text(kernel: str, element_type: str, input_space: str) -> str:
         for name, _, value in declared(kernel, "constants")
     )
     parameters = []
-    for kind, name in declared(kernel, "inputs"):
-        parameters.append(f"  const {input_space} {kind}* {name}")
+    for *marks, kind, name in declared(kernel, "inputs"):
+        parameters.append(f"  const {'device' if marks == ['large'] else input_space} {kind}* {name}")
         if f"{name}_shape" in kernel:
             parameters.append(f"  const constant int* {name}_shape")
     parameters += [f"  device {kind}* {name}" for kind, name in declared(kernel, "outputs")]

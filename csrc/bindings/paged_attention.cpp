@@ -1,19 +1,22 @@
 #include "paged_attention/paged_attention.h"
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
-#include "paged_attention/kv_pool.h"
 
 namespace nb = nanobind;
 
 namespace mlx_server {
 
+using mlx::core::array;
+
 void bind_paged_attention(nb::module_& m) {
-  using mlx::core::array;
+  nb::class_<KVPool>(m, "KVPool", "One layer's keys and values [N, block_size, Hk, D].")
+      .def(nb::init<array, array>(), nb::arg("keys"), nb::arg("values"))
+      .def_ro("keys", &KVPool::keys)
+      .def_ro("values", &KVPool::values);
   m.def(
       "new_kv_pool",
       [](std::tuple<int, int, int, int> shape, mlx::core::Dtype dtype) {
@@ -23,29 +26,31 @@ void bind_paged_attention(nb::module_& m) {
       nb::arg("shape"), nb::arg("dtype"));
   m.def(
       "write_kv",
-      [](const array& k_pool, const array& v_pool, const array& k, const array& v, const array& slot_mapping) {
-        return write_kv(k_pool, v_pool, k, v, slot_mapping);
+      [](const KVPool& pool, const array& k, const array& v, const array& slot_mapping) {
+        return write_kv(pool, k, v, slot_mapping);
       },
-      nb::arg("k_pool"), nb::arg("v_pool"), nb::arg("k"), nb::arg("v"), nb::arg("slot_mapping"));
-  m.def(
-      "paged_attention",
-      [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
-         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
-         std::optional<int> window) {
-        return paged_attention(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, window);
-      },
-      nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
-      nb::arg("context_lens"), nb::arg("scale"), nb::arg("window") = nb::none());
-  m.def(
-      "paged_attention_fallback",
-      [](const array& q, const array& k_pool, const array& v_pool, const array& block_tables,
-         const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
-         std::optional<int> window) {
-        return paged_attention_fallback(q, k_pool, v_pool, block_tables, query_lens, context_lens, scale, window);
-      },
-      nb::arg("q"), nb::arg("k_pool"), nb::arg("v_pool"), nb::kw_only(), nb::arg("block_tables"), nb::arg("query_lens"),
-      nb::arg("context_lens"), nb::arg("scale"), nb::arg("window") = nb::none(),
-      "The specification of `paged_attention` in MLX's own ops, for tests.");
+      nb::arg("pool"), nb::arg("k"), nb::arg("v"), nb::arg("slot_mapping"));
+
+  nb::class_<AttentionBatch>(m, "AttentionBatch", R"(Where the rows of a ragged batch lie: what a step's layers share.
+
+Row b's queries are the last `query_lens[b]` of its `context_lens[b]` tokens. block_tables: [B, M] int32, the blocks of
+each row in order; entries behind the context are not read, the values of the others are not checked. query_lens,
+context_lens: B integers, 1 <= query_len <= context_len. ValueError if shapes, dtypes or lengths don't fit.)")
+      .def(nb::init<array, std::vector<int>, std::vector<int>>(), nb::arg("block_tables"), nb::arg("query_lens"),
+           nb::arg("context_lens"));
+  const auto def_attention = [&m](const char* name, auto function, const char* doc) {
+    m.def(
+        name,
+        [function](const array& q, const KVPool& pool, const AttentionBatch& batch, float scale,
+                   std::optional<int> window, std::optional<float> softcap, std::optional<array> sinks) {
+          return function(q, pool, batch, {scale, window, softcap, std::move(sinks)}, {});
+        },
+        nb::arg("q"), nb::arg("pool"), nb::arg("batch"), nb::kw_only(), nb::arg("scale"),
+        nb::arg("window") = nb::none(), nb::arg("softcap") = nb::none(), nb::arg("sinks") = nb::none(), doc);
+  };
+  def_attention("paged_attention", paged_attention, "");
+  def_attention("paged_attention_fallback", paged_attention_fallback,
+                "The specification of `paged_attention` in MLX's own ops, for tests.");
 }
 
 }  // namespace mlx_server

@@ -14,6 +14,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <thread>
@@ -110,6 +111,15 @@ inline float host_simd_read(float x, int lane) {
 // UBSan checks what the kernel promises: that the array's side is aligned.
 inline void host_load4(float* to, const float* from) { std::copy_n(std::assume_aligned<16>(from), 4, to); }
 inline void host_store4(float* to, const float* from) { std::copy_n(from, 4, std::assume_aligned<16>(to)); }
+template <int N, typename T>
+void host_load(float* to, const T* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % std::min<std::size_t>(N * sizeof(T), 16) != 0) {
+    std::abort();  // not aligned, as GPUs need it
+  }
+  for (int i = 0; i < N; ++i) {
+    to[i] = float(from[i]);
+  }
+}
 
 }  // namespace mlx_server
 
@@ -130,9 +140,12 @@ inline void host_store4(float* to, const float* from) { std::copy_n(from, 4, std
 #define EXP(x) std::exp(x)
 #define LOG(x) std::log(x)
 #define RSQRT(x) (1 / std::sqrt(x))
+#define TANH(x) std::tanh(x)
+#define AS_FLOAT(bits) std::bit_cast<float>(bits)
 #define ABS(x) std::abs(x)
 #define MAX(a, b) std::max(a, b)
 #define MIN(a, b) std::min(a, b)
 #define LOAD4(to, from) mlx_server::host_load4(to, from)
 #define STORE4(to, from) mlx_server::host_store4(to, from)
+#define LOAD(N, to, from) mlx_server::host_load<N>(to, from)
 #define UNROLL

@@ -1,4 +1,4 @@
-// Memory for the KV cache.
+// Memory for the KV cache of one layer.
 #pragma once
 
 #include <mlx/array.h>
@@ -6,8 +6,26 @@
 
 namespace mlx_server {
 
-// A pool [N, block_size, Hk, D] with undefined contents. On the CPU, where the system maps memory on first use, blocks
-// that no token was ever written to take none.
-mlx::core::array new_kv_pool(const mlx::core::Shape& shape, mlx::core::Dtype dtype, mlx::core::StreamOrDevice s = {});
+// N blocks of block_size tokens each.
+struct KVPool {
+  mlx::core::array keys;    // [N, block_size, Hk, D]
+  mlx::core::array values;  // likewise
+
+  int block_size() const { return keys.shape(1); }
+  int num_heads() const { return keys.shape(2); }
+  int head_dim() const { return keys.shape(3); }
+};
+
+// Checks shapes and dtypes for the op of that name.
+void check_kv_pool(const char* op, const KVPool& pool);
+
+// A pool of that shape [N, block_size, Hk, D] with undefined contents. On the CPU, where the system maps memory on
+// first use, blocks that no token was ever written to take none.
+KVPool new_kv_pool(const mlx::core::Shape& shape, mlx::core::Dtype dtype, mlx::core::StreamOrDevice s = {});
+
+// Stores keys and values k, v [T, Hk, D] and returns the new pool. Token t goes to slot slot_mapping[t] =
+// block * block_size + offset; slots are distinct. The result takes over the pool's memory (common/write_rows.h).
+KVPool write_kv(const KVPool& pool, const mlx::core::array& k, const mlx::core::array& v,
+                const mlx::core::array& slot_mapping, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_server

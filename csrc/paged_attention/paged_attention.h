@@ -2,36 +2,32 @@
 #pragma once
 
 #include <optional>
-#include <utility>
-#include <vector>
 
 #include <mlx/array.h>
 #include <mlx/utils.h>
 
+#include "paged_attention/attention_batch.h"
+#include "paged_attention/kv_pool.h"
+
 namespace mlx_server {
 
-// Stores keys and values k, v [T, Hk, D] in the pools [N, block_size, Hk, D] and returns the new pools. Token t goes to
-// slot slot_mapping[t] = block * block_size + offset; slots are distinct. The result takes
-// over the pools' memory (common/write_rows.h).
-std::pair<mlx::core::array, mlx::core::array> write_kv(const mlx::core::array& k_pool, const mlx::core::array& v_pool,
-                                                       const mlx::core::array& k, const mlx::core::array& v,
-                                                       const mlx::core::array& slot_mapping,
-                                                       mlx::core::StreamOrDevice s = {});
+struct AttentionOptions {
+  float scale;                            // of the scores
+  std::optional<int> window;              // a query sees only the newest `window` tokens, itself included
+  std::optional<float> softcap;           // scores become softcap * tanh(score / softcap)
+  std::optional<mlx::core::array> sinks;  // [H]: a score more in each head's softmax, of a value that is zero
+};
 
-// Causal attention of a ragged batch. Row b's query_lens[b] queries are the last of its context_lens[b] tokens, whose
-// keys and values lie in the blocks block_tables[b, 0 …]; further entries of the table are not read. With a window, a
-// query sees only the newest `window` tokens, itself included, and blocks that no query of a row sees are not read.
-// q [T, H, D] with T = sum(query_lens), pools [N, block_size, Hk, D], block_tables int32 [B, M]  ->  [T, H, D]
-mlx::core::array paged_attention(const mlx::core::array& q, const mlx::core::array& k_pool,
-                                 const mlx::core::array& v_pool, const mlx::core::array& block_tables,
-                                 const std::vector<int>& query_lens, const std::vector<int>& context_lens, float scale,
-                                 std::optional<int> window = {}, mlx::core::StreamOrDevice s = {});
+// Causal attention of a ragged batch: q [T, H, D] -> [T, H, D]. Blocks that no query of a row sees are not read.
+mlx::core::array paged_attention(const mlx::core::array& q, const KVPool& pool, const AttentionBatch& batch,
+                                 const AttentionOptions& options, mlx::core::StreamOrDevice s = {});
 
-// The specification: the same from MLX's own ops, on any device and for any floating point dtype.
-mlx::core::array paged_attention_fallback(const mlx::core::array& q, const mlx::core::array& k_pool,
-                                          const mlx::core::array& v_pool, const mlx::core::array& block_tables,
-                                          const std::vector<int>& query_lens, const std::vector<int>& context_lens,
-                                          float scale, std::optional<int> window = {},
-                                          mlx::core::StreamOrDevice s = {});
+// The specification: the same from MLX's own ops, in float32, on any device and for any floating point dtype.
+mlx::core::array paged_attention_fallback(const mlx::core::array& q, const KVPool& pool, const AttentionBatch& batch,
+                                          const AttentionOptions& options, mlx::core::StreamOrDevice s = {});
+
+// The same with portable kernels, for head sizes 8 to 256.
+mlx::core::array paged_attention_gpu(const mlx::core::array& q, const KVPool& pool, const AttentionBatch& batch,
+                                     const AttentionOptions& options, mlx::core::Stream s);
 
 }  // namespace mlx_server

@@ -13,6 +13,7 @@ struct PagedAttention {
   const float* k_pool;                // [N, block_size, Hk, D]
   const float* v_pool;                // [N, block_size, Hk, D]
   const std::int32_t* block_tables;   // [B, max_blocks]
+  const float* sinks;                 // [H], or null
   float* out;                         // [T, H, D]
   std::span<const int> query_lens;    // [B]
   std::span<const int> context_lens;  // [B]
@@ -20,6 +21,7 @@ struct PagedAttention {
   int head_dim;  // a multiple of 8
   int window;    // tokens that a query sees, its own included
   float scale;
+  float softcap;  // 0 for none
 };
 
 // Some queries of one row, all heads that share one key/value head: what a thread computes at a time.

@@ -61,8 +61,8 @@ inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
          __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// scores[i] = q · keys[i] for eight keys.
-inline void dot_keys(const float* q, const float* const* keys, int head_dim, float* scores) {
+// scores = q · keys[i] for eight keys.
+inline void dot_keys(const float* q, const float* const* keys, int head_dim, Floats& scores) {
   Floats sums[kLanes] = {};
   for (int d = 0; d < head_dim; d += kVector) {
     Floats x;
@@ -73,9 +73,7 @@ inline void dot_keys(const float* q, const float* const* keys, int head_dim, flo
       sums[i] += x * key;
     }
   }
-  Floats result;
-  sum_lanes(sums, result);
-  store(scores, result);
+  sum_lanes(sums, scores);
 }
 
 // acc[0 … kVectors * 8) += sum of weights[i] * values[i][0 … kVectors * 8)
@@ -116,6 +114,16 @@ inline void scale(float* acc, int head_dim, float factor) {
   }
 }
 
+// x = cap * tanh(x / cap)
+inline void cap_scores(Floats& x, float cap) {
+  Floats e = x * (2 / cap);
+  const Ints is_negative = e < 0.0f;
+  e = is_negative ? e : -e;
+  exp_of(e);  // exp(-2 |x / cap|)
+  const Floats capped = (1.0f - e) / (1.0f + e) * cap;
+  x = is_negative ? -capped : capped;
+}
+
 // Turns num_seen scores into weights relative to a new maximum, to which sum and acc are rescaled.
 inline void update(OnlineSoftmax& softmax, float* scores, int num_seen, float* acc, int head_dim) {
   float max = softmax.max;
@@ -146,17 +154,22 @@ inline void update(OnlineSoftmax& softmax, float* scores, int num_seen, float* a
 }
 
 // One query over the part [first, first + num_seen) of a chunk that it may see.
-inline void attend_chunk(const float* q, const Chunk& chunk, int first, int num_seen, int head_dim,
+inline void attend_chunk(const PagedAttention& op, const float* q, const Chunk& chunk, int first, int num_seen,
                          OnlineSoftmax& softmax, float* acc) {
   alignas(64) float scores[kChunkSize];
   for (int i = 0; i < num_seen; i += kVector) {
-    dot_keys(q, chunk.keys + first + i, head_dim, scores + i);
+    Floats x;
+    dot_keys(q, chunk.keys + first + i, op.head_dim, x);
+    if (op.softcap > 0) {
+      cap_scores(x, op.softcap);
+    }
+    store(scores + i, x);
   }
   for (int i = num_seen; i % kVector != 0; ++i) {
     scores[i] = -kInfinity;
   }
-  update(softmax, scores, num_seen, acc, head_dim);
-  add_values(scores, chunk.values + first, num_seen, head_dim, acc);
+  update(softmax, scores, num_seen, acc, op.head_dim);
+  add_values(scores, chunk.values + first, num_seen, op.head_dim, acc);
 }
 
 void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q, OnlineSoftmax* softmax) {
@@ -168,7 +181,7 @@ void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q
   const int num_heads = tile.num_queries * group;  // query by query
   for (int i = 0; i < num_heads; ++i) {
     const std::ptrdiff_t offset = head_offset(i / group, i % group);
-    softmax[i] = {-kInfinity, 0};
+    softmax[i] = op.sinks ? OnlineSoftmax{op.sinks[tile.kv_head * group + i % group], 1} : OnlineSoftmax{-kInfinity, 0};
     for (int d = 0; d < head_dim; ++d) {
       scaled_q[i * head_dim + d] = op.q[offset + d] * op.scale;
       op.out[offset + d] = 0;
@@ -183,7 +196,7 @@ void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q
       const int seen_end = tile.first_pos + i / group + 1, first = std::max(begin, seen_end - op.window) - begin;
       const int num_seen = std::min(chunk_end, seen_end) - begin - first;
       if (num_seen > 0) {
-        attend_chunk(scaled_q + i * head_dim, chunk, first, num_seen, head_dim, softmax[i],
+        attend_chunk(op, scaled_q + i * head_dim, chunk, first, num_seen, softmax[i],
                      op.out + head_offset(i / group, i % group));
       }
     }

@@ -109,13 +109,35 @@ def moe_mlp(x: mlx.core.array, experts: mlx.core.array, weights: mlx.core.array,
 def moe_mlp_fallback(x: mlx.core.array, experts: mlx.core.array, weights: mlx.core.array, *, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix, shared: mlx.core.array | None = None) -> mlx.core.array:
     """The specification of `moe_mlp` in MLX's own ops, for tests."""
 
-def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype) -> mlx.core.array: ...
+class KVPool:
+    """One layer's keys and values [N, block_size, Hk, D]."""
 
-def write_kv(k_pool: mlx.core.array, v_pool: mlx.core.array, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array]: ...
+    def __init__(self, keys: mlx.core.array, values: mlx.core.array) -> None: ...
 
-def paged_attention(q: mlx.core.array, k_pool: mlx.core.array, v_pool: mlx.core.array, *, block_tables: mlx.core.array, query_lens: Sequence[int], context_lens: Sequence[int], scale: float, window: int | None = None) -> mlx.core.array: ...
+    @property
+    def keys(self) -> mlx.core.array: ...
 
-def paged_attention_fallback(q: mlx.core.array, k_pool: mlx.core.array, v_pool: mlx.core.array, *, block_tables: mlx.core.array, query_lens: Sequence[int], context_lens: Sequence[int], scale: float, window: int | None = None) -> mlx.core.array:
+    @property
+    def values(self) -> mlx.core.array: ...
+
+def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype) -> KVPool: ...
+
+def write_kv(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> KVPool: ...
+
+class AttentionBatch:
+    """
+    Where the rows of a ragged batch lie: what a step's layers share.
+
+    Row b's queries are the last `query_lens[b]` of its `context_lens[b]` tokens. block_tables: [B, M] int32, the blocks of
+    each row in order; entries behind the context are not read, the values of the others are not checked. query_lens,
+    context_lens: B integers, 1 <= query_len <= context_len. ValueError if shapes, dtypes or lengths don't fit.
+    """
+
+    def __init__(self, block_tables: mlx.core.array, query_lens: Sequence[int], context_lens: Sequence[int]) -> None: ...
+
+def paged_attention(q: mlx.core.array, pool: KVPool, batch: AttentionBatch, *, scale: float, window: int | None = None, softcap: float | None = None, sinks: mlx.core.array | None = None) -> mlx.core.array: ...
+
+def paged_attention_fallback(q: mlx.core.array, pool: KVPool, batch: AttentionBatch, *, scale: float, window: int | None = None, softcap: float | None = None, sinks: mlx.core.array | None = None) -> mlx.core.array:
     """The specification of `paged_attention` in MLX's own ops, for tests."""
 
 def sample(logits: mlx.core.array, *, temperature: mlx.core.array, top_k: mlx.core.array, top_p: mlx.core.array, min_p: mlx.core.array, seed: mlx.core.array, position: mlx.core.array) -> mlx.core.array: ...

@@ -23,7 +23,8 @@ std::vector<float> normal(std::size_t size, std::mt19937& rng) {
 // A batch whose rows use the pool's blocks in reverse order.
 struct Batch {
   Batch(std::vector<int> query_lens_, std::vector<int> context_lens_, int block_size_, int num_heads_,
-        int num_kv_heads_, int head_dim_, int window_ = std::numeric_limits<int>::max())
+        int num_kv_heads_, int head_dim_, int window_ = std::numeric_limits<int>::max(), float softcap_ = 0,
+        bool with_sinks = false)
       : query_lens(std::move(query_lens_)), context_lens(std::move(context_lens_)) {
     std::mt19937 rng(7);
     int num_tokens = 0, num_blocks = 0;
@@ -42,11 +43,13 @@ struct Batch {
     q = normal(static_cast<std::size_t>(num_tokens) * num_heads_ * head_dim_, rng);
     k = normal(static_cast<std::size_t>(num_blocks) * block_size_ * num_kv_heads_ * head_dim_, rng);
     v = normal(k.size(), rng);
+    sinks = normal(static_cast<std::size_t>(num_heads_), rng);
     out.resize(q.size(), NAN);
     op = {.q = q.data(),
           .k_pool = k.data(),
           .v_pool = v.data(),
           .block_tables = tables.data(),
+          .sinks = with_sinks ? sinks.data() : nullptr,
           .out = out.data(),
           .query_lens = query_lens,
           .context_lens = context_lens,
@@ -56,7 +59,8 @@ struct Batch {
           .num_kv_heads = num_kv_heads_,
           .head_dim = head_dim_,
           .window = window_,
-          .scale = 1 / std::sqrt(static_cast<float>(head_dim_))};
+          .scale = 1 / std::sqrt(static_cast<float>(head_dim_)),
+          .softcap = softcap_};
   }
   Batch(const Batch&) = delete;
 
@@ -69,7 +73,7 @@ struct Batch {
 
   std::vector<int> query_lens, context_lens;
   std::vector<std::int32_t> tables;
-  std::vector<float> q, k, v, out;
+  std::vector<float> q, k, v, sinks, out;
   PagedAttention op;
   int max_blocks = 1;
 };
@@ -78,14 +82,18 @@ struct Batch {
 std::vector<double> attend(const Batch& batch, std::size_t row, int position, int head, const float* q) {
   const int head_dim = batch.op.head_dim;
   std::vector<double> out(static_cast<std::size_t>(head_dim), 0);
-  double sum = 0;
+  double sum = batch.op.sinks == nullptr ? 0 : std::exp(double{batch.sinks[head]});
   for (int seen = std::max(0, position + 1 - batch.op.window); seen <= position; ++seen) {
     const std::size_t offset = batch.offset(row, seen, head);
     double score = 0;
     for (int d = 0; d < head_dim; ++d) {
       score += static_cast<double>(q[d]) * batch.k[offset + d];
     }
-    const double weight = std::exp(score * batch.op.scale);
+    score *= batch.op.scale;
+    if (batch.op.softcap > 0) {
+      score = batch.op.softcap * std::tanh(score / batch.op.softcap);
+    }
+    const double weight = std::exp(score);
     sum += weight;
     for (int d = 0; d < head_dim; ++d) {
       out[d] += weight * batch.v[offset + d];
@@ -127,6 +135,7 @@ TEST(agrees_with_the_definition) {
     check_batch(Batch({2, 1}, {20, 64}, 16, 40, 1, 16), *kernel, pool);
     for (const int window : {1, 30, 64, 129}) {
       check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window), *kernel, pool);
+      check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window, 0.5f, true), *kernel, pool);
     }
   }
 }

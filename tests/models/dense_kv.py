@@ -25,21 +25,18 @@ class DenseContext:
         self._kv, self._num_tokens = kv, num_tokens
         kv.lengths |= {name: starts[name] + count for name, count in num_tokens.items()}
 
-    def attend(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
-    ) -> mx.array:
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, **options) -> mx.array:
+        """`options` are those of `StepContext.attend`."""
         ends = np.cumsum(list(self._num_tokens.values()))[:-1].tolist()
         parts = zip(self._num_tokens, mx.split(q, ends), mx.split(k, ends), mx.split(v, ends), strict=True)
-        return mx.concatenate([self._attend_one((name, layer), q, k, v, scale, window) for name, q, k, v in parts])
+        return mx.concatenate([self._attend_one((name, layer), q, k, v, options) for name, q, k, v in parts])
 
-    def _attend_one(
-        self, key: tuple[str, int], q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None
-    ) -> mx.array:
+    def _attend_one(self, key: tuple[str, int], q: mx.array, k: mx.array, v: mx.array, options) -> mx.array:
         if key in self._kv.arrays:
             old_k, old_v = self._kv.arrays[key]
             k, v = mx.concatenate([old_k, k]), mx.concatenate([old_v, v])
         self._kv.arrays[key] = k, v
-        return mx.array(attention(*map(_float32, (q, k, v)), scale, window), q.dtype)
+        return mx.array(attention(*map(_float32, (q, k, v)), **options), q.dtype)
 
     def gated_delta(self, layer, qkv, conv_weight, a, b, a_log, dt_bias, *, num_key_heads, key_head_dim) -> mx.array:
         conv_weight, a_log, dt_bias = map(_float32, (conv_weight, a_log, dt_bias))
@@ -71,7 +68,15 @@ class DenseContext:
         return mx.array(np.concatenate(outputs), qkv.dtype)
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None) -> np.ndarray:
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
     """The last queries [T, H, D] of a request attend causally to its keys and values [S, Hk, D]: [T, H, D]
 
     In NumPy: on a GPU MLX prepares its own attention anew for each S.
@@ -79,6 +84,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window:
     (num_queries, num_heads, _), (num_keys, num_kv_heads, head_dim) = q.shape, k.shape
     q = q.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = np.einsum("thgd,shd->hgts", q, k, optimize=True) * np.float64(scale)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     distance = np.arange(num_keys - num_queries, num_keys)[:, None] - np.arange(num_keys)  # [T, S]
     scores[..., (distance < 0) | (distance >= (window or num_keys))] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))

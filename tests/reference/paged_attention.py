@@ -14,6 +14,8 @@ def paged_attention(
     context_lens: list[int],
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: NDArray[np.float32] | None = None,  # [H]
 ) -> NDArray[np.float64]:  # [T, H, D]
     block_size, group = k_pool.shape[1], q.shape[1] // k_pool.shape[2]
     out = np.empty(q.shape)
@@ -26,6 +28,10 @@ def paged_attention(
                 keys = k_pool[blocks, offsets, head // group].astype(np.float64)  # [seen, D]
                 values = v_pool[blocks, offsets, head // group].astype(np.float64)
                 scores = keys @ q[token, head].astype(np.float64) * scale
+                if softcap is not None:
+                    scores = softcap * np.tanh(scores / softcap)
+                if sinks is not None:  # a token more, whose value is zero
+                    scores, values = np.append(scores, sinks[head]), np.vstack([values, np.zeros(q.shape[2])])
                 weights = np.exp(scores - scores.max())
                 out[token, head] = weights @ values / weights.sum()
             token += 1

@@ -57,7 +57,7 @@ class ModelRunner:
             drawn = self._sample(hidden, arrays)
         else:
             drawn = mx.zeros(0, mx.uint32)
-        mx.async_eval(drawn, self._pools.keys, self._pools.values, self._states.conv, self._states.state)
+        mx.async_eval(drawn, self._pools.arrays, self._states.conv, self._states.state)
         return _Step(batch, drawn)
 
     def _sample(self, hidden: mx.array, arrays: BatchArrays) -> mx.array:

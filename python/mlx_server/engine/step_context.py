@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from mlx_server.engine.batch import BatchArrays
 from mlx_server.models.base import KVSpec, StateSpec
-from mlx_server.ops.attention import new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.attention import AttentionBatch, new_kv_pool, paged_attention, write_kv
 from mlx_server.ops.gated_delta import gated_delta
 
 
@@ -13,9 +13,12 @@ class KVPools:
 
     def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        self.keys = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
-        self.values = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
-        mx.eval(self.keys, self.values)
+        self.layers = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
+        mx.eval(self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for pool in self.layers for array in (pool.keys, pool.values)]
 
     @staticmethod
     def bytes_per_token(spec: KVSpec) -> int:
@@ -55,29 +58,26 @@ class EngineStepContext:
         self._pools = pools
         self._states = states
         self._slot_mapping = mx.array(arrays.slot_mapping)  # [T]
-        self._block_tables = mx.array(arrays.block_tables)  # [B, M]
+        self._batch = AttentionBatch(mx.array(arrays.block_tables), arrays.query_lens, arrays.context_lens)
         self._slots = mx.array(arrays.slots)  # [B]
         self._query_lens = arrays.query_lens
-        self._context_lens = arrays.context_lens
         self._fresh = arrays.fresh
 
     def attend(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+        self,
+        layer: int,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
-        pools = self._pools
-        pools.keys[layer], pools.values[layer] = write_kv(
-            pools.keys[layer], pools.values[layer], k, v, self._slot_mapping
-        )
-        return paged_attention(
-            q,
-            pools.keys[layer],
-            pools.values[layer],
-            block_tables=self._block_tables,
-            query_lens=self._query_lens,
-            context_lens=self._context_lens,
-            scale=scale,
-            window=window,
-        )
+        pools = self._pools.layers
+        pools[layer] = write_kv(pools[layer], k, v, self._slot_mapping)
+        return paged_attention(q, pools[layer], self._batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
     def gated_delta(
         self,

@@ -45,7 +45,16 @@ class StepContext(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None
+        self,
+        layer: int,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
         """Store the step's keys and values in `layer`'s pool, then attend causally over each request's own tokens.
 
@@ -54,6 +63,8 @@ class StepContext(Protocol):
             q: [T, H, D], after RoPE.
             k, v: [T, Hk, D], k after RoPE; H is a multiple of Hk.
             window: a token sees only the newest `window` tokens, itself included; None: all.
+            softcap: scores become `softcap * tanh(score / softcap)`.
+            sinks: [H], a score more in each head's softmax, that of a value which is zero.
         Returns:
             [T, H, D], the dtype of q.
         """
