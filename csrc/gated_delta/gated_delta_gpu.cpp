@@ -85,7 +85,8 @@ Plan make_plan(const GatedDeltaInputs& in, bool can_chunk) {
 // written when a kernel first reads it, which takes longer than a decode.
 const Plan& plan_of(const GatedDeltaInputs& in) {
   static thread_local std::optional<Plan> last;
-  const bool can_chunk = in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 8 == 0 && in.state.shape(2) % 4 == 0;
+  const bool can_chunk =
+      in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 16 == 0 && in.state.shape(2) % 4 == 0;
   if (!last || last->query_lens != in.query_lens || last->fresh != in.fresh || last->can_chunk != can_chunk) {
     last.emplace(make_plan(in, can_chunk));
   }
@@ -93,18 +94,9 @@ const Plan& plan_of(const GatedDeltaInputs& in) {
 }
 
 Constants constants(const GatedDeltaInputs& in) {
-  return {{"T", in.qkv.dtype()},
-          {"KEY_HEADS", in.num_key_heads},
-          {"KEY_DIM", in.key_head_dim},
-          {"VALUE_HEADS", in.state.shape(1)},
+  return {{"T", in.qkv.dtype()},           {"C", in.conv_state.dtype()}, {"TAPS", in.conv_weight.shape(1)},
+          {"KEY_HEADS", in.num_key_heads}, {"KEY_DIM", in.key_head_dim}, {"VALUE_HEADS", in.state.shape(1)},
           {"VALUE_DIM", in.state.shape(2)}};
-}
-
-Constants conv_constants(const GatedDeltaInputs& in) {
-  Constants all = constants(in);
-  all.emplace_back("C", in.conv_state.dtype());
-  all.emplace_back("TAPS", in.conv_weight.shape(1));
-  return all;
 }
 
 // y of the tokens of `rows` (the others' are undefined), and the states with these rows' new ones.
@@ -126,7 +118,7 @@ Outputs steps(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
                                              {rows.num_rows, history, channels},
                                              {rows.num_rows, heads, value_dim, key_dim}},
                            .output_dtypes = {in.qkv.dtype(), in.conv_state.dtype(), mx::float32},
-                           .constants = conv_constants(in),
+                           .constants = constants(in),
                            .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
                            .threads = kThreads},
                           s);
@@ -141,24 +133,25 @@ Outputs chunks(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
                            {.inputs = {in.qkv, in.conv_weight, in.conv_state, in.slots, rows.rows, rows.chunks},
                             .output_shapes = {{num_tokens, channels}, {rows.num_rows, history, channels}},
                             .output_dtypes = {mx::float32, in.conv_state.dtype()},
-                            .constants = conv_constants(in),
+                            .constants = constants(in),
                             .groups = {2 * in.num_key_heads + heads, n, 1},
                             .threads = kConvThreads},
                            s);
   const auto parts = launch(kernel_sources::gated_delta_chunk,
                             {.inputs = {conv[0], in.a, in.b, in.a_log, in.dt_bias, rows.chunks},
                              .output_shapes = {{n, heads, key_dim, 2 * kChunk},
+                                               {n, heads, kChunk, key_dim},
                                                {n, heads, kChunk, value_dim},
                                                {n, heads, kChunk, kChunk},
-                                               {n, heads, kChunk + 1}},
-                             .output_dtypes = {mx::float32, mx::float32, mx::float32, mx::float32},
+                                               {n, heads}},
+                             .output_dtypes = std::vector<mx::Dtype>(5, mx::float32),
                              .constants = constants(in),
                              .groups = {heads, n, 1},
                              .threads = kThreads},
                             s);
   const auto scan =
       launch(kernel_sources::gated_delta_scan,
-             {.inputs = {conv[0], parts[0], parts[1], parts[2], parts[3], in.state, in.slots, rows.rows},
+             {.inputs = {parts[0], parts[1], parts[2], parts[3], parts[4], in.state, in.slots, rows.rows},
               .output_shapes = {{num_tokens, heads, value_dim}, {rows.num_rows, heads, value_dim, key_dim}},
               .output_dtypes = {in.qkv.dtype(), mx::float32},
               .constants = constants(in),
