@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlx_server.engine.batch import Batch, BatchArrays, StepResult
+from mlx_server.engine.batch import Batch, BatchArrays, SlotCopies, StepResult
 
 FAKE_VOCAB_SIZE = 1000
 
@@ -14,12 +14,12 @@ def fake_state(token_ids: list[int], start_pos: int = 0, state: int = 0) -> int:
     return state
 
 
-def fake_next_token(token_ids: list[int], seed: int, window: int | None = None) -> int:
-    """Any change of any earlier token changes the next one: through the recurrence and, within the attention's window,
-    a second time."""
+def fake_next_token(token_ids: list[int], seed: int, window: int | None = None, *, recurrent: bool = False) -> int:
+    """Any change of any earlier token in the attention's window changes the next one; of a recurrent model, any change
+    of any earlier token."""
     start_pos = 0 if window is None else max(len(token_ids) - window, 0)
     seen = fake_state(token_ids[start_pos:], start_pos)
-    return (fake_state(token_ids) + seed + 7 * seen) % FAKE_VOCAB_SIZE
+    return ((fake_state(token_ids) if recurrent else 0) + seed + 7 * seen) % FAKE_VOCAB_SIZE
 
 
 class FakeRunner:
@@ -29,9 +29,12 @@ class FakeRunner:
     or a block with two owners gives other tokens.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, num_slots: int, window: int | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, num_slots: int, window: int | None = None, *, recurrent: bool = False
+    ) -> None:
         self.pool = np.full((num_blocks * block_size, 2), -1)
         self.states = [-1] * num_slots
+        self.recurrent = recurrent
         self.block_size = block_size
         self.window = window
         self.fail_at: set[int] = set()  # steps that fail
@@ -46,6 +49,7 @@ class FakeRunner:
     def reset(self) -> None:
         self._in_flight = None
         self.pool[:] = -1
+        self.states = [-1] * len(self.states)
 
     def run(self, batch: Batch) -> StepResult | None:
         self.num_steps += 1
@@ -60,6 +64,7 @@ class FakeRunner:
         arrays = BatchArrays.build(batch, previous, self.block_size)
         fed = np.concatenate([arrays.token_ids, np.array(previous_tokens, np.int32)])[arrays.token_sources]
         self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
+        self._copy_states(arrays.restored)
         ends = np.cumsum(arrays.query_lens)
         drawn: list[int] = []
         for i, row in enumerate(batch.rows):
@@ -69,7 +74,12 @@ class FakeRunner:
             if row.samples:
                 seed = int(arrays.seed[len(drawn)])
                 drawn.append(self._next_token(arrays, i, seed))
+        self._copy_states(arrays.saved)
         return drawn
+
+    def _copy_states(self, slots: SlotCopies) -> None:
+        for target, state in zip(slots.targets, [self.states[slot] for slot in slots.sources], strict=True):
+            self.states[target] = state
 
     def _next_token(self, arrays: BatchArrays, row: int, seed: int) -> int:
         """`fake_next_token` of what pool and states hold."""
@@ -79,5 +89,5 @@ class FakeRunner:
         blocks = arrays.block_tables[row][positions // self.block_size]
         seen = self.pool[blocks * self.block_size + positions % self.block_size]
         assert (seen[:, 1] == positions).all()
-        recurrent = self.states[arrays.slots[row]]
+        recurrent = self.states[arrays.slots[row]] if self.recurrent else 0
         return int((recurrent + seed + 7 * fake_state(seen[:, 0].tolist(), start_pos)) % FAKE_VOCAB_SIZE)

@@ -4,12 +4,16 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 #include <mlx/primitives.h>
 
+#include "common/op_error.h"
 #include "common/row_contiguous.h"
 
 namespace mlx_server {
@@ -90,6 +94,30 @@ mx::array write_rows(const mx::array& pool, const mx::array& slots, const mx::ar
   const mx::array scattered = mx::scatter(pool, slots, mx::expand_dims(rows, 1, s), 0, s);
   return mx::array(pool.shape(), pool.dtype(), std::make_shared<WriteRowsPrimitive>(s, scattered.primitive_ptr()),
                    scattered.inputs());
+}
+
+mx::array copy_rows(const mx::array& pool, const std::vector<std::int32_t>& from, const std::vector<std::int32_t>& to,
+                    mx::StreamOrDevice s_) {
+  const std::set<std::int32_t> distinct(to.begin(), to.end());
+  if (pool.ndim() < 1 || from.size() != to.size() || distinct.size() != to.size()) {
+    op_error("copy_rows", "pool must have rows, from and to as many numbers, those of to distinct, but got ",
+             pool.shape(), ", ", from.size(), " and ", to.size(), " numbers, ", distinct.size(), " distinct");
+  }
+  for (const auto& rows : {from, to}) {
+    for (std::int32_t row : rows) {
+      if (row < 0 || row >= pool.shape(0)) {
+        throw std::out_of_range("[copy_rows] rows must be in [0, " + std::to_string(pool.shape(0)) + ") but got " +
+                                std::to_string(row) + ".");
+      }
+    }
+  }
+  if (from.empty()) {
+    return pool;
+  }
+  const auto s = mx::to_stream(s_);
+  const mx::Shape shape{static_cast<int>(from.size())};
+  const mx::array sources(from.begin(), shape, mx::int32), targets(to.begin(), shape, mx::int32);
+  return write_rows(pool, targets, mx::take(pool, sources, 0, s), s);
 }
 
 }  // namespace mlx_server

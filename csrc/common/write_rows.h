@@ -1,6 +1,9 @@
 // Writes into a pool that outlives steps: KV blocks, slots of recurrent state.
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
 #include <mlx/array.h>
 #include <mlx/utils.h>
 
@@ -14,5 +17,10 @@ namespace mlx_server {
 // the next one writes, and in its own step a row is read only through the result.
 mlx::core::array write_rows(const mlx::core::array& pool, const mlx::core::array& slots, const mlx::core::array& rows,
                             mlx::core::Stream s);
+
+// pool [N, ...] with pool[to[i]] = pool[from[i]] as it was before, in place as above. Throws std::invalid_argument if
+// from and to differ in length or `to` names a row twice, std::out_of_range for a row outside the pool.
+mlx::core::array copy_rows(const mlx::core::array& pool, const std::vector<std::int32_t>& from,
+                           const std::vector<std::int32_t>& to, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_server

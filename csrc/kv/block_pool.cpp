@@ -16,11 +16,13 @@ std::vector<std::int32_t> no_owners(BlockId num_blocks) {
 
 }  // namespace
 
-BlockPool::BlockPool(BlockId num_blocks) : ref_counts_(no_owners(num_blocks)) {
+BlockPool::BlockPool(BlockId num_blocks)
+    : ref_counts_(no_owners(num_blocks)), cached_(ref_counts_.size(), false), idle_(ref_counts_.size() + 1) {
   free_.reserve(ref_counts_.size());
   for (BlockId id = num_blocks - 1; id >= 0; --id) {
     free_.push_back(id);
   }
+  idle_.back() = {num_blocks, num_blocks};
 }
 
 std::optional<std::vector<BlockId>> BlockPool::allocate(BlockId n) {
@@ -39,33 +41,61 @@ std::optional<std::vector<BlockId>> BlockPool::allocate(BlockId n) {
 }
 
 void BlockPool::retain(std::span<const BlockId> ids) {
-  check_held(ids, "retain");
   for (BlockId id : ids) {
-    ++ref_counts_[id];
+    if (ref_count(id) == 0 && !cached_[id]) {
+      throw std::invalid_argument("[BlockPool] retain got block " + std::to_string(id) + ", which is free.");
+    }
+  }
+  for (BlockId id : ids) {
+    if (ref_counts_[id]++ == 0) {
+      remove_idle(id);
+    }
   }
 }
 
 void BlockPool::release(std::span<const BlockId> ids) {
-  check_held(ids, "release");
-  const std::size_t num_free_before = free_.size();
+  for (BlockId id : ids) {
+    check_in_range(id);
+  }
+  std::vector<BlockId> without_owner;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const BlockId id = ids[i];
-    if (ref_counts_[id] == 0) {
-      undo_release(ids.first(i), num_free_before);
-      throw std::invalid_argument("[BlockPool] release got block " + std::to_string(id) +
+    if (ref_counts_[ids[i]] == 0) {
+      for (BlockId id : ids.first(i)) {
+        ++ref_counts_[id];
+      }
+      throw std::invalid_argument("[BlockPool] release got block " + std::to_string(ids[i]) +
                                   " more often than it has owners.");
     }
-    if (--ref_counts_[id] == 0) {
+    if (--ref_counts_[ids[i]] == 0) {
+      without_owner.push_back(ids[i]);
+    }
+  }
+  for (BlockId id : without_owner) {
+    if (cached_[id]) {
+      append_idle(id);
+    } else {
       free_.push_back(id);
     }
   }
 }
 
-void BlockPool::undo_release(std::span<const BlockId> ids, std::size_t num_free_before) {
-  free_.resize(num_free_before);
-  for (BlockId id : ids) {
-    ++ref_counts_[id];
+void BlockPool::cache(BlockId id) {
+  if (ref_count(id) == 0) {
+    throw std::invalid_argument("[BlockPool] cache got block " + std::to_string(id) + ", which is not held.");
   }
+  cached_[id] = true;
+}
+
+void BlockPool::uncache(BlockId id) {
+  if (is_cached(id) && ref_counts_[id] == 0) {
+    remove_idle(id);
+    free_.push_back(id);
+  }
+  cached_[id] = false;
+}
+
+std::optional<BlockId> BlockPool::oldest_idle() const {
+  return num_idle_ == 0 ? std::nullopt : std::optional(idle_.back().newer);
 }
 
 std::int32_t BlockPool::ref_count(BlockId id) const {
@@ -73,8 +103,45 @@ std::int32_t BlockPool::ref_count(BlockId id) const {
   return ref_counts_[id];
 }
 
+bool BlockPool::is_cached(BlockId id) const {
+  check_in_range(id);
+  return cached_[id];
+}
+
+void BlockPool::append_idle(BlockId id) {
+  Links& ends = idle_.back();
+  idle_[id] = {ends.older, num_blocks()};
+  idle_[ends.older].newer = id;
+  ends.older = id;
+  ++num_idle_;
+}
+
+void BlockPool::remove_idle(BlockId id) {
+  idle_[idle_[id].older].newer = idle_[id].newer;
+  idle_[idle_[id].newer].older = idle_[id].older;
+  --num_idle_;
+}
+
+std::vector<bool> BlockPool::listed_as_idle() const {
+  std::vector<bool> is_idle(ref_counts_.size(), false);
+  BlockId num_listed = 0;
+  for (BlockId id = idle_.back().newer; id != num_blocks(); id = idle_[id].newer) {
+    if (is_idle[id] || idle_[idle_[id].newer].older != id) {
+      throw std::logic_error("[BlockPool] the list of idle blocks is broken at block " + std::to_string(id) + ".");
+    }
+    is_idle[id] = true;
+    ++num_listed;
+  }
+  if (num_listed != num_idle_) {
+    throw std::logic_error("[BlockPool] " + std::to_string(num_listed) + " idle blocks are counted as " +
+                           std::to_string(num_idle_) + ".");
+  }
+  return is_idle;
+}
+
 void BlockPool::check_integrity() const {
   std::vector<bool> is_free(ref_counts_.size(), false);
+  const std::vector<bool> is_idle = listed_as_idle();
   for (BlockId id : free_) {
     if (id < 0 || id >= num_blocks()) {
       throw std::logic_error("[BlockPool] the free list holds block " + std::to_string(id) + ", outside the pool.");
@@ -85,9 +152,11 @@ void BlockPool::check_integrity() const {
     is_free[id] = true;
   }
   for (BlockId id = 0; id < num_blocks(); ++id) {
-    if (is_free[id] != (ref_counts_[id] == 0)) {
+    const bool unheld = ref_counts_[id] == 0;
+    if (is_free[id] != (unheld && !cached_[id]) || is_idle[id] != (unheld && cached_[id])) {
       throw std::logic_error("[BlockPool] block " + std::to_string(id) + " has " + std::to_string(ref_counts_[id]) +
-                             " owners but is " + (is_free[id] ? "in" : "not in") + " the free list.");
+                             " owners, is " + (cached_[id] ? "" : "not ") + "cached, " + (is_free[id] ? "" : "not ") +
+                             "in the free list and " + (is_idle[id] ? "" : "not ") + "in the idle one.");
     }
   }
 }
@@ -96,16 +165,6 @@ void BlockPool::check_in_range(BlockId id) const {
   if (id < 0 || id >= num_blocks()) {
     throw std::out_of_range("[BlockPool] block ids must be in [0, " + std::to_string(num_blocks()) + ") but got " +
                             std::to_string(id) + ".");
-  }
-}
-
-void BlockPool::check_held(std::span<const BlockId> ids, const char* verb) const {
-  for (BlockId id : ids) {
-    check_in_range(id);
-    if (ref_counts_[id] == 0) {
-      throw std::invalid_argument(std::string("[BlockPool] ") + verb + " got block " + std::to_string(id) +
-                                  ", which is free.");
-    }
   }
 }
 

@@ -11,9 +11,14 @@ namespace mlx_server::kv {
 
 using BlockId = std::int32_t;
 
-// Blocks 0 … num_blocks - 1, each free or held by one or more owners. An owner is whoever called `allocate` or
-// `retain`: a request, or a cache that keeps a block for later requests. A block is free again when its last owner
-// releases it.
+// Blocks 0 … num_blocks - 1. Each is in one of three states:
+//
+//   free   no owner, nothing worth keeping       in the free list
+//   held   one or more owners                    in no list
+//   idle   no owner, but cached for later use    in a list, the one released longest ago first
+//
+// An owner is whoever called `allocate` or `retain`: a request. Held and idle blocks may be marked as cached, by the
+// prefix tree alone: such a block is idle, not free, when its last owner has released it.
 //
 // Calls that throw change nothing. Not thread safe: one thread, the scheduler's, owns the pool.
 class BlockPool {
@@ -29,25 +34,45 @@ class BlockPool {
   // Throws std::out_of_range for an id outside the pool, std::invalid_argument for a block that is free.
   void retain(std::span<const BlockId> ids);
 
-  // One owner less for each of `ids`; blocks without owner become free. The last of `ids` is handed out next.
-  // Throws like `retain`, also when `ids` lists a block more often than it has owners.
+  // One owner less for each of `ids`; blocks without owner become free or idle. The last of `ids` is handed out next
+  // if it is free, and is evicted last if it is idle.
+  // Throws std::out_of_range for an id outside the pool, std::invalid_argument for a block that is listed more often
+  // than it has owners.
   void release(std::span<const BlockId> ids);
+
+  // Marks a block that is held. Throws std::out_of_range, or std::invalid_argument if it is not held.
+  void cache(BlockId id);
+  // Takes the mark away: an idle block becomes free. Throws std::out_of_range.
+  void uncache(BlockId id);
+  // The idle block that was released longest ago.
+  std::optional<BlockId> oldest_idle() const;
 
   BlockId num_blocks() const { return static_cast<BlockId>(ref_counts_.size()); }
   BlockId num_free() const { return static_cast<BlockId>(free_.size()); }
-  // Owners of a block, 0 if it is free. Throws std::out_of_range.
+  BlockId num_idle() const { return num_idle_; }
+  // Owners of a block, 0 if it is free or idle. Throws std::out_of_range.
   std::int32_t ref_count(BlockId id) const;
+  // Whether a block is marked. Throws std::out_of_range.
+  bool is_cached(BlockId id) const;
 
-  // Throws std::logic_error unless each block is either held or exactly once in the free list.
+  // Throws std::logic_error unless each block is either held, or exactly once in the list of its state.
   void check_integrity() const;
 
  private:
+  struct Links {
+    BlockId older, newer;
+  };
+
   void check_in_range(BlockId id) const;
-  void check_held(std::span<const BlockId> ids, const char* verb) const;
-  void undo_release(std::span<const BlockId> ids, std::size_t num_free_before);
+  void append_idle(BlockId id);
+  void remove_idle(BlockId id);
+  std::vector<bool> listed_as_idle() const;
 
   std::vector<std::int32_t> ref_counts_;  // [num_blocks]
+  std::vector<bool> cached_;              // [num_blocks]
   std::vector<BlockId> free_;             // a stack
+  std::vector<Links> idle_;               // [num_blocks + 1]: a ring that begins and ends at the last entry
+  BlockId num_idle_ = 0;
 };
 
 }  // namespace mlx_server::kv

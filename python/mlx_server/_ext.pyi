@@ -11,12 +11,16 @@ def array_size(array: mlx.core.array) -> int:
     Number of elements. The import's self-check calls it: it fails if mx.array is a foreign type here.
     """
 
+def copy_rows(pool: mlx.core.array, from_rows: Sequence[int], to_rows: Sequence[int]) -> mlx.core.array:
+    """ops.copy_rows documents it."""
+
 class BlockPool:
     """
     Which of the KV cache's fixed-size blocks are free, and how many owners the others have.
 
-    Blocks 0 ... num_blocks - 1. An owner is whoever called `allocate` or `retain`; a block is free again when its last
-    owner releases it. Calls that raise change nothing. Not thread safe.
+    Blocks 0 ... num_blocks - 1. An owner is whoever called `allocate` or `retain`. When its last owner releases a block it
+    is free again; or, if it is in a `PrefixTree`, idle: kept until it is evicted there. Calls that raise change nothing.
+    Not thread safe.
     """
 
     def __init__(self, num_blocks: int) -> None: ...
@@ -33,11 +37,14 @@ class BlockPool:
 
     def release(self, ids: Sequence[int]) -> None:
         """
-        One owner less for each id. IndexError for an id outside the pool, ValueError for a block without owner left.
+        One owner less for each id; of those that become idle, the last is evicted last. IndexError for an id outside the pool, ValueError for a block without owner left.
         """
 
     def ref_count(self, id: int) -> int:
-        """Owners of a block, 0 if it is free. IndexError."""
+        """Owners of a block, 0 if it is free or idle. IndexError."""
+
+    def is_cached(self, id: int) -> bool:
+        """Whether a block is in a tree. IndexError."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -45,9 +52,54 @@ class BlockPool:
     @property
     def num_free(self) -> int: ...
 
+    @property
+    def num_idle(self) -> int:
+        """Blocks without owner that a tree keeps."""
+
     def check_integrity(self) -> None:
         """
-        RuntimeError unless each block is either owned or exactly once in the free list.
+        RuntimeError unless each block is either owned, or exactly once in the list of its state.
+        """
+
+class PrefixTree:
+    """
+    Finds the blocks that already hold the KV of a request's first tokens.
+
+    A radix tree over token ids whose every edge is one full block. Paths of different salts have nothing in common. Tokens
+    are compared, not only their hashes. The tree owns no block: whoever uses one retains it. Not thread safe.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None: ...
+
+    def match(self, salt: str, after: int | None, tokens: Sequence[int]) -> list[int]:
+        """
+        The blocks that hold `tokens`, as many in a row as there are, full ones only; `after` is the block of the tokens before, None where a request begins. IndexError if `after` is outside the pool.
+        """
+
+    def insert(self, salt: str, after: int | None, tokens: Sequence[int], block: int) -> int | None:
+        """
+        Lets others find an owned block, which holds the block_size `tokens` that follow on `after`. The tree's block for these tokens: `block` or one that was there before; None if `after` has left the tree. ValueError for another number of tokens, a block that nobody owns or that is elsewhere in the tree.
+        """
+
+    def evict(self, n: int) -> list[int]:
+        """
+        Takes idle blocks out, the one released longest ago first, and what follows on them, until n more are free or none is idle; the blocks that left the tree.
+        """
+
+    def remove(self, block: int) -> list[int]:
+        """
+        Takes a block out, and what follows on it; the blocks that left the tree. IndexError.
+        """
+
+    def clear(self) -> None:
+        """Takes all blocks out."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def check_integrity(self) -> None:
+        """
+        RuntimeError unless each block of the tree can be found by its tokens, and no other block is cached.
         """
 
 def rms_norm(x: mlx.core.array, weight: mlx.core.array, eps: float) -> mlx.core.array: ...

@@ -39,6 +39,25 @@ TEST(shared_block_outlives_its_first_owner) {
   CHECK(pool.num_free() == 2 && pool.ref_count(ids[0]) == 0);
 }
 
+TEST(cached_blocks_are_idle_when_nobody_owns_them) {
+  BlockPool pool(4);
+  pool.allocate(4);
+  pool.cache(1);
+  pool.cache(2);
+  pool.cache(3);
+  pool.release(Ids{3, 0, 1, 2});
+  CHECK(pool.num_free() == 1 && pool.num_idle() == 3 && pool.oldest_idle() == 3);
+  CHECK(!pool.allocate(2));
+  pool.retain(Ids{3, 3});
+  CHECK(pool.ref_count(3) == 2 && pool.num_idle() == 2 && pool.oldest_idle() == 1);
+  pool.uncache(1);
+  CHECK(pool.num_free() == 2 && pool.oldest_idle() == 2);
+  pool.uncache(3);
+  pool.release(Ids{3, 3});
+  CHECK(pool.num_free() == 3 && !pool.is_cached(3) && pool.is_cached(2));
+  pool.check_integrity();
+}
+
 TEST(wrong_calls_throw_and_change_nothing) {
   CHECK_THROWS(BlockPool(-1), std::invalid_argument);
   BlockPool pool(4);
@@ -50,6 +69,10 @@ TEST(wrong_calls_throw_and_change_nothing) {
   CHECK_THROWS(pool.release(Ids{0, -1}), std::out_of_range);
   CHECK_THROWS(pool.release(Ids{0, 3}), std::invalid_argument);
   CHECK_THROWS(pool.release(Ids{1, 0, 1}), std::invalid_argument);
+  CHECK_THROWS(pool.cache(3), std::invalid_argument);
+  CHECK_THROWS(pool.cache(-1), std::out_of_range);
+  CHECK_THROWS(pool.uncache(4), std::out_of_range);
+  CHECK_THROWS(pool.is_cached(4), std::out_of_range);
   CHECK(pool.ref_count(0) == 1 && pool.ref_count(1) == 1 && pool.num_free() == 2);
   pool.check_integrity();
 }

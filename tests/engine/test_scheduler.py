@@ -26,14 +26,17 @@ def make_core(
     max_running: int = 8,
     context: int = 64,
     window: int | None = None,
+    num_snapshots: int | None = None,
     limits: QueueLimits | None = None,
     pacer: PrefillPacer | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[EngineCore, FakeRunner]:
-    kv_cache = KVCacheManager(num_blocks, block_size, max_running, window=window)
+    """`num_snapshots`: of a recurrent model."""
+    kv_cache = KVCacheManager(num_blocks, block_size, max_running, window=window, num_snapshots=num_snapshots)
     stats = EngineStats()
     scheduler = Scheduler(kv_cache, max_batch_tokens=max_batch_tokens, limits=limits, pacer=pacer, stats=stats)
-    runner = FakeRunner(num_blocks, block_size, max_running, window)
+    num_slots = max_running + (num_snapshots or 0)
+    runner = FakeRunner(num_blocks, block_size, num_slots, window, recurrent=num_snapshots is not None)
     core = EngineCore(
         scheduler,
         runner,
@@ -69,12 +72,12 @@ def make_submit(
     )
 
 
-def alone(message: wire.Submit, window: int | None = None) -> tuple[list[int], str, int]:
+def alone(message: wire.Submit, window: int | None = None, *, recurrent: bool = False) -> tuple[list[int], str, int]:
     """(sent tokens, finish reason, number generated) of a request that has the engine for itself."""
     tokens = list(message.prompt_token_ids)
     sent: list[int] = []
     while True:
-        token_id = fake_next_token(tokens, message.sampling.seed, window)
+        token_id = fake_next_token(tokens, message.sampling.seed, window, recurrent=recurrent)
         tokens.append(token_id)
         num_output = len(tokens) - len(message.prompt_token_ids)
         if token_id in message.end_token_ids:
@@ -87,8 +90,9 @@ def alone(message: wire.Submit, window: int | None = None) -> tuple[list[int], s
 class Collector:
     """What came back for each request, checked on the way: one end, nothing after it."""
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, window: int | None = None, *, recurrent: bool = False) -> None:
         self.window = window
+        self.recurrent = recurrent
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, wire.Finished | wire.Failed] = {}
 
@@ -176,7 +180,7 @@ def test_youngest_is_preempted_and_still_gets_its_tokens() -> None:
     while core.has_work:
         collector.take(core.step())
         for row in runner.in_flight.rows if runner.in_flight else []:
-            if row.start_pos == 0 and row.request.output_token_ids:
+            if row.num_tokens > 1 and row.request.output_token_ids:
                 recomputed.add(row.request.request_id)
     assert recomputed == {"b", "c"}
     assert next(iter(collector.ends)) == "a"

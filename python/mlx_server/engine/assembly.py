@@ -23,7 +23,13 @@ def make_engine_core(
         model_name: the label of its metrics.
         max_queue: how many requests may wait; None: QUEUED_BATCHES for each that may run.
     """
-    kv_cache = KVCacheManager(plan.num_blocks, plan.block_size, plan.max_running, window=model.kv_spec.window)
+    kv_cache = KVCacheManager(
+        plan.num_blocks,
+        plan.block_size,
+        plan.max_running,
+        window=model.kv_spec.window,
+        num_snapshots=None if model.state_spec is None else plan.num_snapshots,
+    )
     longest = kv_cache.max_request_tokens(plan.max_batch_tokens)
     max_queue = QUEUED_BATCHES * plan.max_running if max_queue is None else max_queue
     limits = QueueLimits(max_queue, plan.num_tokens * max(max_queue // plan.max_running, 1))

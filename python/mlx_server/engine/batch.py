@@ -3,6 +3,7 @@
 All tokens of all requests lie on one axis T, request after request: no padding, no batch axis.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ class BatchRow:
     start_pos: int
     end_pos: int
     samples: bool  # the range ends at the request's newest token, so the next one is drawn
+    restore_from: int | None = None  # slot whose recurrent states the request's own are to be before the step
+    save_to: int | None = None  # slot that is to hold the request's recurrent states after the step
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +62,20 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotCopies:
+    """Slots of recurrent states that are copied to others."""
+
+    sources: list[int]
+    targets: list[int]
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[int | None, int | None]]) -> "SlotCopies":
+        """The pairs (source, target) that have both."""
+        copies = [(source, target) for source, target in pairs if source is not None and target is not None]
+        return SlotCopies([source for source, _ in copies], [target for _, target in copies])
+
+
+@dataclass(frozen=True, slots=True)
 class BatchArrays:
     """A batch as arrays: B rows, T tokens, R sampling rows, M blocks of the longest row."""
 
@@ -72,6 +89,8 @@ class BatchArrays:
     context_lens: list[int]  # B: tokens in the cache once this step has written its own
     slots: Ints  # [B] of the recurrent states
     fresh: list[bool]  # B: the request's first tokens, its states begin as zeros
+    restored: SlotCopies  # recurrent states to copy before the step
+    saved: SlotCopies  # and after it
     sampled: Ints  # [R] index on T of the token after which the next one is drawn
     temperature: npt.NDArray[np.float32]  # [R], like the rest
     top_k: Ints
@@ -113,6 +132,8 @@ class BatchArrays:
             context_lens=[row.end_pos for row in rows],
             slots=np.array([row.request.slot for row in rows], np.int32),
             fresh=[row.start_pos == 0 for row in rows],
+            restored=SlotCopies.of((row.restore_from, row.request.slot) for row in rows),
+            saved=SlotCopies.of((row.request.slot, row.save_to) for row in rows),
             sampled=ends[[row.samples for row in rows]] - 1,
             temperature=np.array([s.temperature for s in sampling], np.float32),
             top_k=np.array([s.top_k for s in sampling], np.int32),

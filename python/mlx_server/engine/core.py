@@ -94,6 +94,7 @@ class EngineCore:
             message.sampling,
             priority=message.priority,
             client=message.client,
+            cache_salt=message.cache_salt,
             arrived_s=now_s,
             deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,
         )

@@ -1,7 +1,12 @@
-"""Which request owns which blocks of the KV pool and which slot of recurrent states. The arrays are the runner's."""
+"""Which request owns which blocks of the KV pool and which slot of recurrent states, and what of it others may use.
+The arrays are the runner's."""
 
 from mlx_server.engine.request import Request
+from mlx_server.engine.state_snapshots import StateSnapshots
 from mlx_server.ops.block_pool import BlockPool
+from mlx_server.ops.prefix_tree import PrefixTree
+
+MATCH_BLOCKS = 64  # looked up at a time, so that a prompt is read only as far as it is known
 
 
 class KVCacheManager:
@@ -9,19 +14,36 @@ class KVCacheManager:
 
     Who owns what, for a request about to compute the positions [c, e), its attention looking back `window` tokens:
 
-    | table entries of positions | owner |
-    |---|---|
-    | [0, c - window + 1) in whole blocks | anybody: freed, the entries are stale |
-    | the rest, up to ceil(e / block_size) blocks | the request, alone |
+    | table entries of positions | owner | in the prefix tree |
+    |---|---|---|
+    | [0, c - window + 1) in whole blocks, less the last published one | anybody: the entries are stale | maybe |
+    | the rest of the `num_published_blocks` | the request, and all others that share it | yes, or left it early |
+    | the rest, up to ceil(e / block_size) blocks | the request, alone | no |
+
+    A block is published, for others to use, as soon as its tokens are known on the host and the step that writes its KV
+    is about to be launched: steps run in order, and in a step each layer writes before it reads, so that even requests
+    of one step share. Published blocks are not written again, so no block is ever copied in order to be changed.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, num_slots: int, *, window: int | None = None) -> None:
-        """`window`: no layer looks back further than so many tokens; None: some layer sees all."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        *,
+        window: int | None = None,
+        num_snapshots: int | None = None,
+    ) -> None:
+        """`window`: no layer looks back further than so many tokens; None: some layer sees all. `num_snapshots`: how
+        many slots beyond the running requests' keep recurrent states of the past; None: there are no such states."""
         self.block_size = block_size
         self._window = window
         self._pool = BlockPool(num_blocks)
+        self._tree = PrefixTree(self._pool, block_size)
         self._free_slots = list(range(num_slots))
         self._num_slots = num_slots
+        self._snapshots = None if num_snapshots is None else StateSnapshots(num_slots, num_snapshots, block_size)
+        self._running: list[Request] = []  # have a slot
 
     @property
     def num_blocks(self) -> int:
@@ -29,7 +51,8 @@ class KVCacheManager:
 
     @property
     def num_free_blocks(self) -> int:
-        return self._pool.num_free
+        """Blocks that can be had: nobody's, though they may be cached."""
+        return self._pool.num_free + self._pool.num_idle
 
     @property
     def num_free_slots(self) -> int:
@@ -42,45 +65,168 @@ class KVCacheManager:
             return capacity
         return None
 
-    def allocate(self, request: Request, num_tokens: int) -> bool:
-        """Let the request compute up to `num_tokens` in all; False, and nothing changed, if blocks or slots are short.
+    def next_chunk(self, request: Request, max_tokens: int) -> int:
+        """How many tokens, at most `max_tokens`, the request should compute next, once it has skipped those whose KV is
+        already there. 0: it is not running, and should wait for what another request is computing."""
+        if request.is_decoding:
+            return 1
+        self._settle(request)
+        self._skip_cached(request)
+        num_tokens = min(request.num_uncomputed_tokens, max_tokens)
+        if self._snapshots is None:
+            return num_tokens
+        if request.slot is None and any(self._snapshots.awaits(request, other) for other in self._running):
+            self.free(request)
+            return 0
+        save_pos = self._snapshots.next_pos(request)
+        return num_tokens if save_pos is None else min(num_tokens, save_pos - request.num_computed_tokens)
 
-        What its attention does not look back to any more is freed first.
+    def allocate(self, request: Request, num_tokens: int) -> bool:
+        """Let the request compute `num_tokens` more; False if blocks or slots are short: one that runs is then as
+        before, another one has nothing.
+
+        What its attention does not look back to any more is released first.
         """
-        self._free_behind_window(request)
-        num_new = -(-num_tokens // self.block_size) - len(request.block_table)
-        if request.slot is None and not self._free_slots:
+        self._release_behind_window(request)
+        end_pos = request.num_computed_tokens + num_tokens
+        num_new = max(-(-end_pos // self.block_size) - len(request.block_table), 0)
+        if num_new > self.num_free_blocks or (request.slot is None and not self._free_slots):
+            if request.slot is None:
+                self.free(request)
             return False
-        blocks = self._pool.allocate(max(num_new, 0))
-        if blocks is None:
-            return False
+        self._drop_snapshots(self._tree.evict(max(num_new - self._pool.num_free, 0)))
+        blocks = self._pool.allocate(num_new)
+        assert blocks is not None
         request.block_table += blocks
         if request.slot is None:
             request.slot = self._free_slots.pop()
+            self._running.append(request)
         return True
 
+    def launch(self, request: Request, end_pos: int) -> tuple[int | None, int | None]:
+        """The step in the works computes the request's positions before `end_pos`, so others may use them. From which
+        slot its states are to be restored before the step, and to which they are to be saved after it, if at all."""
+        self._settle(request)
+        self._publish(request, end_pos)
+        save_to = None if self._snapshots is None else self._snapshots.reserve(request, end_pos)
+        restore_from, request.restore_from = request.restore_from, None
+        request.num_computed_tokens = end_pos
+        return restore_from, save_to
+
     def free(self, request: Request) -> None:
-        """Take all blocks and the slot back; the request's tokens must be computed again to go on."""
-        self._pool.release(request.block_table[request.num_freed_blocks :])
-        request.block_table = []
-        request.num_freed_blocks = 0
-        request.num_computed_tokens = 0
-        if request.slot is not None:
-            self._free_slots.append(request.slot)
-            request.slot = None
+        """Take all blocks and the slot back; the request's tokens must be computed or found again to go on."""
+        self._settle(request)
+        self._release(request)
+
+    def discard(self, request: Request) -> None:
+        """Free a request whose KV and states may hold values that are no numbers: nobody may use them, nor anything
+        that begins with the same block."""
+        for block in self._tree.match(request.cache_salt, None, request.known_tokens(0, self.block_size)):
+            self._drop_snapshots(self._tree.remove(block))
+        if self._snapshots is not None:
+            self._snapshots.settle(request, None)
+        self._release(request)
+
+    def clear(self) -> None:
+        """All KV and states are lost. No request may be running."""
+        assert not self._running
+        self._tree.clear()
+        if self._snapshots is not None:
+            self._snapshots.clear()
 
     def check_integrity(self) -> None:
         self._pool.check_integrity()
-        assert len(set(self._free_slots)) == len(self._free_slots) <= self._num_slots
+        self._tree.check_integrity()
+        assert len(set(self._free_slots)) == len(self._free_slots) == self._num_slots - len(self._running)
+        if self._snapshots is not None:
+            pending = [request.pending_snapshot for request in self._running]
+            self._snapshots.check_integrity([snapshot.slot for snapshot in pending if snapshot])
 
     def check_all_free(self) -> None:
         self.check_integrity()
-        assert self._pool.num_free == self._pool.num_blocks
+        assert self.num_free_blocks == self._pool.num_blocks
         assert len(self._free_slots) == self._num_slots
 
-    def _free_behind_window(self, request: Request) -> None:
+    def _settle(self, request: Request) -> None:
+        """Publish what the steps launched so far have computed."""
+        self._publish(request, request.num_computed_tokens)
+        if request.pending_snapshot is not None and self._snapshots is not None:
+            index = request.pending_snapshot.index
+            published = index < request.num_published_blocks and self._pool.is_cached(request.block_table[index])
+            self._snapshots.settle(request, request.block_table[index] if published else None)
+
+    def _release(self, request: Request) -> None:
+        self._pool.release(request.block_table[request.num_freed_blocks :][::-1])  # the first are evicted last
+        request.block_table = []
+        request.num_freed_blocks = 0
+        request.num_published_blocks = 0
+        request.num_computed_tokens = 0
+        request.restore_from = request.answer_snapshot = None
+        if request.slot is not None:
+            self._free_slots.append(request.slot)
+            self._running.remove(request)
+            request.slot = None
+
+    def _publish(self, request: Request, end_pos: int) -> None:
+        """Let others find the full blocks before `end_pos`."""
+        table, size = request.block_table, self.block_size
+        for i in range(request.num_published_blocks, min(end_pos, request.num_known_tokens) // size):
+            token_ids = request.known_tokens(i * size, (i + 1) * size)
+            block = self._tree.insert(request.cache_salt, table[i - 1] if i else None, token_ids, table[i])
+            if block is not None and block != table[i]:
+                if (i + 1) * size > request.num_computed_tokens:
+                    return  # the coming step writes ours, and must not write to the other
+                self._replace(request, i, [block])
+            request.num_published_blocks = i + 1
+
+    def _skip_cached(self, request: Request) -> None:
+        """Go on from the end of what others have published. At least one token is left to compute."""
+        if self._snapshots is not None and request.slot is not None:
+            return  # states are restored when a request starts
+        first = request.num_published_blocks
+        path = self._match(request, first, (request.num_tokens - 1) // self.block_size)
+        num_usable = len(path)
+        if self._snapshots is not None:
+            num_usable = self._snapshots.num_usable(path)
+            request.shared_pos = (first + len(path)) * self.block_size
+        end_pos = (first + num_usable) * self.block_size
+        if end_pos <= request.num_computed_tokens:
+            return
+        if self._snapshots is not None:
+            request.restore_from = self._snapshots.use(path[num_usable - 1])
+        self._replace(request, first, path[:num_usable])
+        request.num_published_blocks = first + num_usable
+        request.num_computed_tokens = end_pos
+
+    def _match(self, request: Request, first: int, end: int) -> list[int]:
+        """Blocks of others that hold the request's blocks [first, end), as many in a row as there are."""
+        after = request.block_table[first - 1] if first else None
+        path: list[int] = []
+        while first < end:
+            stop = min(first + MATCH_BLOCKS, end)
+            token_ids = request.known_tokens(first * self.block_size, stop * self.block_size)
+            found = self._tree.match(request.cache_salt, after, token_ids)
+            path += found
+            if len(found) < stop - first:
+                break
+            first, after = stop, found[-1]
+        return path
+
+    def _replace(self, request: Request, index: int, blocks: list[int]) -> None:
+        """Own these blocks of the tree from `index` of the table on, instead of those that are there."""
+        self._pool.retain(blocks)
+        self._pool.release(request.block_table[index : index + len(blocks)])
+        request.block_table[index : index + len(blocks)] = blocks
+
+    def _release_behind_window(self, request: Request) -> None:
         if self._window is None:
             return
-        num_blocks = max(request.num_computed_tokens - self._window + 1, 0) // self.block_size
-        self._pool.release(request.block_table[request.num_freed_blocks : num_blocks])
-        request.num_freed_blocks = max(num_blocks, request.num_freed_blocks)
+        num_behind = max(request.num_computed_tokens - self._window + 1, 0) // self.block_size
+        # The last published block stays: what follows is published as its child.
+        num_freed = min(num_behind, max(request.num_published_blocks - 1, 0))
+        self._pool.release(request.block_table[request.num_freed_blocks : num_freed])
+        request.num_freed_blocks = max(num_freed, request.num_freed_blocks)
+
+    def _drop_snapshots(self, blocks: list[int]) -> None:
+        if self._snapshots is not None:
+            self._snapshots.drop(blocks)

@@ -10,6 +10,8 @@ from mlx_server.models.base import Model
 
 BLOCK_SIZE = 16  # tokens
 MAX_RUNNING = 32  # requests in a step
+MAX_SNAPSHOTS = 2 * MAX_RUNNING  # recurrent states of the past: one of each request's prompt, one of its answer
+SNAPSHOT_SHARE = 0.25  # of the memory that they share with the KV pool
 USEFUL_TOKENS = 64 * 1024  # a larger pool than this, or one whole context, helps nobody
 CPU_SHARE = 0.1  # of the machine's memory
 GPU_SHARE = 0.9  # of what the device recommends, weights included
@@ -23,6 +25,7 @@ class MemoryPlan:
     block_size: int = BLOCK_SIZE
     max_batch_tokens: int = MAX_BATCH_TOKENS[mx.cpu]
     max_running: int = MAX_RUNNING
+    num_snapshots: int = 0  # recurrent states of the past, each as large as that of a running request
 
     @property
     def num_tokens(self) -> int:
@@ -31,12 +34,16 @@ class MemoryPlan:
 
 def plan_memory(model: Model) -> MemoryPlan:
     """Size the pool for `model`, whose weights are loaded, on the default device."""
-    budget_bytes = cache_budget_bytes() - MAX_RUNNING * RecurrentStates.bytes_per_slot(model.state_spec)
+    slot_bytes = RecurrentStates.bytes_per_slot(model.state_spec)
+    budget_bytes = cache_budget_bytes() - MAX_RUNNING * slot_bytes
+    num_snapshots = max(min(MAX_SNAPSHOTS, int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0) if slot_bytes else 0
+    budget_bytes -= num_snapshots * slot_bytes
     block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec)
     useful_blocks = max(model.context_length, USEFUL_TOKENS) // BLOCK_SIZE
     return MemoryPlan(
         num_blocks=max(min(useful_blocks, budget_bytes // block_bytes), 1),
         max_batch_tokens=MAX_BATCH_TOKENS[mx.default_device().type],
+        num_snapshots=num_snapshots,
     )
 
 

@@ -22,6 +22,14 @@ class RequestState(enum.Enum):
     ENDED = enum.auto()  # finished, failed or cancelled; results still in flight are dropped
 
 
+@dataclass(frozen=True, slots=True)
+class PendingSnapshot:
+    """A recurrent state that a step in the works saves: to which slot, and after which block of the table."""
+
+    slot: int
+    index: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     request_id: str
@@ -32,6 +40,7 @@ class Request:
     sampling: SamplingParams
     priority: int = 0  # lower ones are served first
     client: str = ""  # whose fair share it is
+    cache_salt: str = ""  # shares cached prefixes with requests of the same salt only
     arrived_s: float = 0.0  # this and the other times: seconds of the engine's monotonic clock
     deadline_s: float = math.inf
     arrival: int = 0  # the scheduler's running number
@@ -41,7 +50,13 @@ class Request:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
+    num_published_blocks: int = 0  # at the table's begin: others may use them
+    num_cached_tokens: int = 0  # of the prompt: never computed for this request
     slot: int | None = None  # of the recurrent states, while running
+    restore_from: int | None = None  # slot of the state from which the next step goes on
+    shared_pos: int = 0  # end of what others have computed too; models with recurrent states only, like the next two
+    pending_snapshot: PendingSnapshot | None = None
+    answer_snapshot: int | None = None  # block after which the newest state of the answer is saved
     num_served_tokens: int = 0  # ever computed, and so counted against the client's share: recomputing them is not
     num_failed_steps: int = 0
     retry_until_pos: int = 0  # where it was in a step that failed: it computes alone up to there

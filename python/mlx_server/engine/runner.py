@@ -43,7 +43,7 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         self._pools = KVPools(self._model.kv_spec, self._plan.num_blocks, self._plan.block_size)
-        self._states = RecurrentStates(self._model.state_spec, self._plan.max_running)
+        self._states = RecurrentStates(self._model.state_spec, self._plan.max_running + self._plan.num_snapshots)
 
     def _launch(self, batch: Batch, previous: _Step | None) -> _Step:
         arrays = BatchArrays.build(batch, previous.batch if previous else None, self._plan.block_size)
@@ -52,7 +52,9 @@ class ModelRunner:
             # An invalid token (its request fails when it is read back) must still be a row of the embedding.
             drawn = mx.minimum(previous.token_ids, self._model.vocab_size - 1).astype(mx.int32)
             token_ids = mx.concatenate([token_ids, drawn])[mx.array(arrays.token_sources)]
+        self._states.copy(arrays.restored)
         hidden = self._model(token_ids, EngineStepContext(self._pools, self._states, arrays))  # [T, hidden]
+        self._states.copy(arrays.saved)
         if arrays.sampled.size:
             drawn = self._sample(hidden, arrays)
         else:

@@ -24,7 +24,8 @@ MAX_FAILED_STEPS = 3  # in company; alone, one is enough to blame the request
 class _Step:
     """A batch while it is being put together."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, kv_cache: KVCacheManager, budget: int) -> None:
+        self._kv_cache = kv_cache
         self.budget = budget
         self.rows: list[BatchRow] = []
         self.members: set[Request] = set()
@@ -33,9 +34,9 @@ class _Step:
         start_pos = request.num_computed_tokens
         end_pos = start_pos + num_tokens
         samples = end_pos == request.num_tokens
-        request.num_computed_tokens = end_pos
+        restore_from, save_to = self._kv_cache.launch(request, end_pos)
         request.num_in_flight_tokens += samples
-        self.rows.append(BatchRow(request, start_pos, end_pos, samples))
+        self.rows.append(BatchRow(request, start_pos, end_pos, samples, restore_from, save_to))
         self.members.add(request)
         self.budget -= num_tokens
 
@@ -115,7 +116,7 @@ class Scheduler:
 
     def schedule(self, now_s: float = 0.0) -> Batch:
         """The next step: decodes, then prompts, while budget and blocks last."""
-        step = _Step(self._max_batch_tokens)
+        step = _Step(self.kv_cache, self._max_batch_tokens)
         if self._suspects:
             self._schedule_alone(step, min(self._suspects, key=age))
         else:
@@ -123,6 +124,8 @@ class Scheduler:
             self._schedule_decodes(step)
             self._schedule_prompts(step)
         for row in step.rows:
+            found_pos = min(row.start_pos, len(row.request.prompt_token_ids))
+            row.request.num_cached_tokens += max(found_pos - row.request.num_served_tokens, 0)
             self._shares.charge(row.request, row.start_pos, row.end_pos)
             if row.request.started_s is None:
                 row.request.started_s = now_s
@@ -133,10 +136,10 @@ class Scheduler:
         """Not pipelined: a failure must have one culprit."""
         if self._is_suspect_in_flight:
             return
-        num_tokens = min(suspect.num_uncomputed_tokens, step.budget)
+        num_tokens = self.kv_cache.next_chunk(suspect, step.budget) or min(suspect.num_uncomputed_tokens, step.budget)
         if suspect.state is RequestState.WAITING:
             self._start(suspect)
-        while not self.kv_cache.allocate(suspect, suspect.num_computed_tokens + num_tokens):
+        while not self.kv_cache.allocate(suspect, num_tokens):
             self._preempt(next(request for request in reversed(self._running) if request is not suspect))
         step.add(suspect, num_tokens)
         self._is_suspect_in_flight = True
@@ -160,11 +163,11 @@ class Scheduler:
             if request is None:
                 return
             if request is new:
-                num_tokens = min(request.num_uncomputed_tokens, step.budget)
-                has_room = self._admit(request, num_tokens)
+                num_tokens = self.kv_cache.next_chunk(request, step.budget)
+                has_room = num_tokens > 0 and self._admit(request, num_tokens)
             else:
                 begun.remove(request)
-                num_tokens = min(request.num_uncomputed_tokens, step.budget)
+                num_tokens = self.kv_cache.next_chunk(request, step.budget)
                 has_room = self._make_room(step, request, num_tokens)
             if has_room:
                 step.add(request, num_tokens)
@@ -206,7 +209,7 @@ class Scheduler:
     def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
         """Get the blocks for `num_tokens` more, at the cost of others that are not in this step yet. False: all of
         them, or the step's members, go first; then the request sits this step out and keeps what it has."""
-        while not self.kv_cache.allocate(request, request.num_computed_tokens + num_tokens):
+        while not self.kv_cache.allocate(request, num_tokens):
             held = Counter(r.client for r in self._running)
             others = [r for r in self._running if r not in step.members and not r.awaits_last_token]
             last = max(others, key=lambda r: (r.priority, held[r.client], r.arrival))
@@ -253,9 +256,11 @@ class Scheduler:
             else:
                 request.retry_until_pos = end_pos
                 self._suspects.append(request)
-        for request in list(self._running):
+        for request in self._by_id.values():  # also of one that was preempted with a token in flight
             request.num_in_flight_tokens = 0
+        for request in list(self._running):
             self._preempt(request)
+        self.kv_cache.clear()
         return outputs
 
     def _clear_suspects(self, computed: Batch) -> None:
@@ -266,6 +271,7 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, now_s: float) -> wire.RequestOutput:
         if token_id == INVALID_TOKEN:
+            self.kv_cache.discard(request)
             self._end(request, "error", now_s)
             return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
         request.output_token_ids.append(token_id)
@@ -274,11 +280,24 @@ class Scheduler:
         if token_id in request.end_token_ids:
             self._end(request, "stop", now_s)
             return wire.Finished(
-                request.request_id, [], "stop", 0, num_output, stop_token_id=token_id, timings=request.timings()
+                request.request_id,
+                [],
+                "stop",
+                request.num_cached_tokens,
+                num_output,
+                stop_token_id=token_id,
+                timings=request.timings(),
             )
         if num_output == request.max_tokens:
             self._end(request, "length", now_s)
-            return wire.Finished(request.request_id, [token_id], "length", 0, num_output, timings=request.timings())
+            return wire.Finished(
+                request.request_id,
+                [token_id],
+                "length",
+                request.num_cached_tokens,
+                num_output,
+                timings=request.timings(),
+            )
         return wire.Tokens(request.request_id, [token_id])
 
     def _expire(self, now_s: float) -> Outputs:

@@ -104,6 +104,8 @@ class EngineStats(Collector):
             request.first_token_s = now_s
             self._ttft.observe(now_s - request.arrived_s)
             self._num_prompt_tokens += len(request.prompt_token_ids)
+            self.num_prefix_queries += len(request.prompt_token_ids)
+            self.num_prefix_hits += request.num_cached_tokens
         else:
             self._inter_token.observe(now_s - request.last_token_s)
         request.last_token_s = now_s

@@ -2,9 +2,10 @@
 
 import mlx.core as mx
 
-from mlx_server.engine.batch import BatchArrays
+from mlx_server.engine.batch import BatchArrays, SlotCopies
 from mlx_server.models.base import KVSpec, StateSpec
 from mlx_server.ops.attention import AttentionBatch, new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.copy_rows import copy_rows
 from mlx_server.ops.gated_delta import gated_delta
 
 
@@ -26,8 +27,8 @@ class KVPools:
 
 
 class RecurrentStates:
-    """What every recurrent layer holds of S requests: the last inputs of its convolution [S, K - 1, C] and its state
-    [S, Hv, Dv, Dk]."""
+    """What every recurrent layer holds in S slots, those of running requests and then those of saved states: the last
+    inputs of its convolution [S, K - 1, C] and its state [S, Hv, Dv, Dk]."""
 
     def __init__(self, spec: StateSpec | None, num_slots: int) -> None:
         self.conv: list[mx.array] = []
@@ -40,6 +41,12 @@ class RecurrentStates:
                 mx.zeros((num_slots, spec.num_value_heads, spec.value_head_dim, spec.key_head_dim), mx.float32)
             )
         mx.eval(self.conv, self.state)
+
+    def copy(self, slots: SlotCopies) -> None:
+        """Copy what some slots hold to others."""
+        if slots.targets:
+            self.conv = [copy_rows(conv, slots.sources, slots.targets) for conv in self.conv]
+            self.state = [copy_rows(state, slots.sources, slots.targets) for state in self.state]
 
     @staticmethod
     def bytes_per_slot(spec: StateSpec | None) -> int:

@@ -1,0 +1,92 @@
+// Finds the blocks that already hold the KV of a request's first tokens. No MLX here.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "kv/block_pool.h"
+
+namespace mlx_server::kv {
+
+using TokenId = std::int32_t;
+
+// A radix tree over token ids whose every edge is one full block: block_size tokens, and the block of the pool that
+// holds their KV. A node is named by its block. What a path from the root spells is what its blocks' KV depends on;
+// paths of different salts have nothing in common.
+//
+// Children are found by a hash of (parent or salt, tokens), keyed at random so that nobody can make it collide, and
+// then compared whole: a collision costs time, never a wrong block.
+//
+// The tree marks the blocks that it holds as cached in the pool, so that they stay when nobody owns them. It owns
+// none: whoever uses a block retains it. If each request owns the whole path to its last block, and releases the last
+// block first, the idle block released longest ago is always a leaf.
+//
+// Costs: match and insert O(tokens given), evict and remove O(blocks removed). Not thread safe.
+class PrefixTree {
+ public:
+  // The pool must outlive the tree, which alone may mark its blocks. Throws std::invalid_argument if block_size < 1.
+  PrefixTree(BlockPool& pool, std::int32_t block_size);
+
+  // The blocks that hold `tokens`, as many in a row as there are, full blocks only; `after` is the block that holds
+  // the tokens just before, none if `tokens` begin a request. Empty if `after` is not in the tree (any more).
+  // Throws std::out_of_range if `after` is outside the pool.
+  std::vector<BlockId> match(std::string_view salt, std::optional<BlockId> after,
+                             std::span<const TokenId> tokens) const;
+
+  // Lets others find `block`, which is held and holds the KV of the block_size tokens that follow on `after`. The
+  // block that the tree has for these tokens: `block`, or the one that was there before. None, and nothing changed,
+  // if `after` is not in the tree (any more): nobody can find what follows on it.
+  // Throws std::invalid_argument if `tokens` are not block_size, or `block` is not held or elsewhere in the tree,
+  // std::out_of_range if a block is outside the pool.
+  std::optional<BlockId> insert(std::string_view salt, std::optional<BlockId> after, std::span<const TokenId> tokens,
+                                BlockId block);
+
+  // Takes idle blocks out of the tree, the one released longest ago first, until n more are free or none is idle. What
+  // follows on them leaves the tree too. The blocks that left it, free now unless they are held.
+  std::vector<BlockId> evict(BlockId n);
+
+  // Takes a block and all that follows on it out of the tree; what left it, as `evict`. Nothing if it is not in it.
+  std::vector<BlockId> remove(BlockId block);
+
+  // Takes all blocks out.
+  void clear();
+
+  BlockId num_blocks() const { return static_cast<BlockId>(index_.size()); }
+  std::int32_t block_size() const { return block_size_; }
+
+  // Throws std::logic_error unless the tree is one: each cached block of the pool can be found from its parent by its
+  // tokens, and no other.
+  void check_integrity() const;
+
+ private:
+  static constexpr BlockId kNone = -1;
+
+  struct Node {  // meaningful where the pool says that the block is cached
+    std::uint64_t hash = 0;
+    BlockId parent = kNone;  // kNone: the root of its salt
+    BlockId first_child = kNone, previous_sibling = kNone, next_sibling = kNone;
+  };
+
+  std::uint64_t hash(std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
+  BlockId find(std::uint64_t hash, std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
+  bool holds(BlockId id, std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
+  std::span<const TokenId> tokens_of(BlockId id) const;
+  void link(BlockId id, BlockId parent);
+  void unlink(BlockId id);
+  void forget(BlockId id);
+
+  BlockPool& pool_;
+  std::int32_t block_size_;
+  std::uint64_t key_;
+  std::vector<Node> nodes_;                                // [pool's blocks]
+  std::vector<TokenId> tokens_;                            // [pool's blocks, block_size]
+  std::unordered_multimap<std::uint64_t, BlockId> index_;  // by hash; all blocks in the tree
+  std::unordered_map<BlockId, std::string> salts_;         // of those that begin a request
+};
+
+}  // namespace mlx_server::kv

@@ -1,0 +1,100 @@
+"""Recurrent states of the past, kept so that a request can go on from a prefix that another one has computed.
+
+KV of a prefix is the KV of its tokens; a recurrent state is the state after one certain token. So a model with
+recurrent layers can go on only from where a state was saved: at ends of blocks, chosen so that they are of use.
+"""
+
+from collections import OrderedDict
+
+from mlx_server.engine.request import PendingSnapshot, Request
+
+PROMPT_INTERVAL = 2048  # tokens of a long prompt between states: where another prompt may part from it
+ANSWER_INTERVAL = 64  # tokens of an answer between states, of which the newest is kept: the next turn goes on from it
+
+
+class StateSnapshots:
+    """The slots [first_slot, first_slot + num_slots), each free or the state after one block of the prefix tree.
+
+    When they run out, the state used longest ago makes room. One that a step reads may be overwritten by the same step
+    at the earliest, and steps read before they write.
+    """
+
+    def __init__(self, first_slot: int, num_slots: int, block_size: int) -> None:
+        self._slots = range(first_slot, first_slot + num_slots)
+        self._block_size = block_size
+        self._free = list(self._slots)
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # by block; used longest ago first
+
+    def num_usable(self, path: list[int]) -> int:
+        """How many of the first blocks of a path end where a state is kept."""
+        return next((n for n in range(len(path), 0, -1) if path[n - 1] in self._slot_of), 0)
+
+    def use(self, block: int) -> int:
+        """The slot of the state after `block`, which there is."""
+        self._slot_of.move_to_end(block)
+        return self._slot_of[block]
+
+    def next_pos(self, request: Request) -> int | None:
+        """Where, while its prompt is computed, the request's state should be saved next: at the end of what it shares
+        with another, then so that the same prompt, or one that goes on from it, finds it."""
+        if not self._slots:
+            return None
+        start_pos = request.num_computed_tokens
+        last_pos = (len(request.prompt_token_ids) - 1) // self._block_size * self._block_size
+        interval = max(PROMPT_INTERVAL // self._block_size, 1) * self._block_size
+        regular_pos = (start_pos // interval + 1) * interval
+        positions = [request.shared_pos, last_pos, min(regular_pos, last_pos)]
+        return min((pos for pos in positions if pos > start_pos), default=None)
+
+    def reserve(self, request: Request, end_pos: int) -> int | None:
+        """The slot that is to hold the request's state after the positions before `end_pos`, if it should be saved."""
+        interval = max(ANSWER_INTERVAL // self._block_size, 1) * self._block_size
+        in_answer = end_pos > len(request.prompt_token_ids) and end_pos % interval == 0
+        if not (in_answer or end_pos == self.next_pos(request)) or not (self._free or self._slot_of):
+            return None
+        slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+        request.pending_snapshot = PendingSnapshot(slot, end_pos // self._block_size - 1)
+        return slot
+
+    def settle(self, request: Request, block: int | None) -> None:
+        """The state that the request's last step has saved, if it has, is the one after `block`, for others to find;
+        None: nobody can."""
+        pending, request.pending_snapshot = request.pending_snapshot, None
+        if pending is None:
+            return
+        if block is None or block in self._slot_of:
+            self._free.append(pending.slot)
+            return
+        if (pending.index + 1) * self._block_size > len(request.prompt_token_ids):
+            if request.answer_snapshot is not None:
+                self.drop([request.answer_snapshot])
+            request.answer_snapshot = block
+        self._slot_of[block] = pending.slot
+
+    def awaits(self, request: Request, other: Request) -> bool:
+        """Whether `other` is about to save a state that the request could go on from."""
+        positions = [self.next_pos(other)] if not other.is_decoding else []
+        if other.pending_snapshot is not None:
+            positions.append((other.pending_snapshot.index + 1) * self._block_size)
+        return request.cache_salt == other.cache_salt and any(
+            pos is not None
+            and request.num_computed_tokens < pos < request.num_tokens
+            and request.known_tokens(0, pos) == other.known_tokens(0, pos)
+            for pos in positions
+        )
+
+    def drop(self, blocks: list[int]) -> None:
+        """These blocks have left the tree, or their states are not wanted any more."""
+        for block in blocks:
+            slot = self._slot_of.pop(block, None)
+            if slot is not None:
+                self._free.append(slot)
+
+    def clear(self) -> None:
+        """All states are lost; none is being saved."""
+        self._slot_of.clear()
+        self._free = list(self._slots)
+
+    def check_integrity(self, pending: list[int]) -> None:
+        """`pending`: slots of states that are being saved."""
+        assert sorted([*self._free, *self._slot_of.values(), *pending]) == list(self._slots)
