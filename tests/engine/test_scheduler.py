@@ -58,6 +58,7 @@ def make_submit(
     priority: int = 0,
     client: str = "",
     deadline_s: float | None = None,
+    cache_salt: str = "",
 ) -> wire.Submit:
     sampling = SamplingParams(seed=seed)
     return wire.Submit(
@@ -69,6 +70,7 @@ def make_submit(
         priority=priority,
         client=client,
         deadline_s=deadline_s,
+        cache_salt=cache_salt,
     )
 
 
@@ -117,7 +119,7 @@ class Collector:
         end = self.ends[message.request_id]
         assert isinstance(end, wire.Finished)
         assert (self.tokens[message.request_id], end.finish_reason, end.num_output_tokens) == alone(
-            message, self.window
+            message, self.window, recurrent=self.recurrent
         )
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from engine.test_fairness import Clock
-from engine.test_scheduler import API, Collector, make_core, make_submit
+from engine.test_scheduler import API, Collector, alone, make_core, make_submit
 from fakes import FAKE_VOCAB_SIZE
 from mlx_server import wire
 from mlx_server.engine.pacing import PrefillPacer
@@ -21,10 +21,12 @@ class World:
         self.block_size = rng.choice([1, 2, 4, 16])
         self.context = rng.randint(20, 60)
         self.window = rng.choice([None, None, 1, 5, 16])
+        self.num_snapshots = None if self.window else rng.choice([None, 0, 1, 3, 20])
         self.clock = Clock()
         self.core, self.runner = make_core(
             num_blocks=-(-self.context // self.block_size) + rng.randint(0, 10),
             window=self.window,
+            num_snapshots=self.num_snapshots,
             block_size=self.block_size,
             max_batch_tokens=rng.choice([1, 3, 8, 64]),
             max_running=rng.choice([1, 2, 8]),
@@ -35,28 +37,38 @@ class World:
         )
         self.num_priorities = rng.choice([1, 1, 3])
         self.clients = [f"client-{i}" for i in range(rng.choice([1, 2, 5]))]
-        self.collector = Collector(self.window)
+        self.collector = Collector(self.window, recurrent=self.num_snapshots is not None)
+        self.conversations: list[list[int]] = [[]]
         self.taken: dict[str, wire.Submit] = {}
         self.cancelled: set[str] = set()
 
     def arrive(self, request_id: str) -> None:
         rng = self.rng
-        prompt = [rng.randrange(FAKE_VOCAB_SIZE) for _ in range(rng.randint(1, self.context - 1))]
+        prompt = self._begin()
+        prompt += [rng.randrange(FAKE_VOCAB_SIZE) for _ in range(rng.randint(1, self.context - 1 - len(prompt)))]
         message = make_submit(
             request_id,
             prompt,
             rng.randint(1, self.context - len(prompt)),
-            seed=rng.randrange(99),
+            seed=rng.randrange(3),
             end=tuple(rng.randrange(FAKE_VOCAB_SIZE) for _ in range(rng.choice([0, 0, 100]))),
             priority=rng.randrange(self.num_priorities),
             client=rng.choice(self.clients),
             deadline_s=rng.choice([None, None, None, 50.0]),
+            cache_salt=rng.choice(["", "", "", "salt"]),
         )
         failed = self.core.submit(API, message)
         if failed is None:
             self.taken[request_id] = message
+            answer, _, _ = alone(message, self.window, recurrent=self.num_snapshots is not None)
+            self.conversations = [*self.conversations[-5:], prompt + answer]
         else:
             assert failed.code in ("queue_full", "client_queue_full")
+
+    def _begin(self) -> list[int]:
+        """Of a prompt: it may go on from an earlier conversation, or branch off from it."""
+        conversation = self.rng.choice(self.conversations)
+        return conversation[: self.rng.randint(0, min(len(conversation), self.context - 2))]
 
     def step(self) -> None:
         self.clock.now_s += self.rng.random()

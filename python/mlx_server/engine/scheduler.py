@@ -158,7 +158,8 @@ class Scheduler:
         blocks_are_short = False  # then what is free is for the one whose turn it was
         while step.budget:
             new = None if blocks_are_short or not self.kv_cache.num_free_slots else self._queue.peek()
-            candidates = [request for request in begun if request.state is RequestState.RUNNING]
+            # One that gave way to another may run again already, as a new one.
+            candidates = [r for r in begun if r.state is RequestState.RUNNING and r not in step.members]
             request = min([*candidates, *([new] if new else [])], key=self._shares.turn, default=None)
             if request is None:
                 return
