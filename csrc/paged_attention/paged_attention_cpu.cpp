@@ -1,6 +1,7 @@
 #include "paged_attention/paged_attention_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/cpu_info.h"
@@ -11,6 +12,17 @@ namespace {
 
 // Query heads in a tile: enough to use a chunk of keys many times while it is in the L1 cache.
 constexpr int kTileHeads = 32;
+// Rows of fewer queries have too few tiles for all threads: each split of their context is a task of its own.
+constexpr int kManyQueries = 8;
+
+struct Splits {
+  int first, end;
+};
+
+Splits splits_of(const PagedAttention& op, const AttentionTile& tile) {
+  const int begin = std::max(0, tile.first_pos + 1 - op.window), end = tile.first_pos + tile.num_queries;
+  return {begin / kSplitSize, (end - 1) / kSplitSize + 1};
+}
 
 std::vector<AttentionTile> make_tiles(const PagedAttention& op) {
   const int tile_queries = std::max(1, kTileHeads * op.num_kv_heads / op.num_heads);
@@ -30,6 +42,125 @@ std::vector<AttentionTile> make_tiles(const PagedAttention& op) {
   return tiles;
 }
 
+// total += part, for `size` heads. The weights of each are relative to its own maximum.
+void merge(const AttentionPart& total, const AttentionPart& part, int size, int head_dim) {
+  for (int i = 0; i < size; ++i) {
+    OnlineSoftmax &a = total.softmax[i], &b = part.softmax[i];
+    if (b.sum == 0) {
+      continue;
+    }
+    const float max = std::max(a.max, b.max), scale_a = std::exp(a.max - max), scale_b = std::exp(b.max - max);
+    a = {max, a.sum * scale_a + b.sum * scale_b};
+    for (int d = 0; d < head_dim; ++d) {
+      total.acc[i * head_dim + d] = total.acc[i * head_dim + d] * scale_a + part.acc[i * head_dim + d] * scale_b;
+    }
+  }
+}
+
+// Writes a tile's heads, whose softmax is complete but for the sinks, to op.out.
+void finish(const PagedAttention& op, const AttentionTile& tile, const AttentionPart& total) {
+  const int group = op.num_heads / op.num_kv_heads;
+  for (int i = 0; i < tile.num_queries * group; ++i) {
+    const int head = tile.kv_head * group + i % group;
+    const auto [max, sum] = total.softmax[i];
+    float factor = 1 / sum;
+    if (op.sinks != nullptr) {
+      const float new_max = std::max(max, op.sinks[head]), scale = std::exp(max - new_max);
+      factor = scale / (sum * scale + std::exp(op.sinks[head] - new_max));
+    }
+    const std::ptrdiff_t token = tile.first_token + i / group;
+    for (int d = 0; d < op.head_dim; ++d) {
+      op.out[(token * op.num_heads + head) * op.head_dim + d] = total.acc[i * op.head_dim + d] * factor;
+    }
+  }
+}
+
+// Memory of a thread for the parts of one tile.
+struct Scratch {
+  std::vector<float> q, total, part;
+  std::vector<OnlineSoftmax> total_softmax, part_softmax;
+
+  static Scratch& of_thread(int num_heads, int head_dim) {
+    static thread_local Scratch scratch;
+    const std::size_t heads = std::max(scratch.part_softmax.size(), static_cast<std::size_t>(num_heads));
+    const std::size_t size = std::max(scratch.q.size(), heads * static_cast<std::size_t>(head_dim));
+    for (std::vector<float>* values : {&scratch.q, &scratch.total, &scratch.part}) {
+      values->resize(size);
+    }
+    scratch.total_softmax.resize(heads);
+    scratch.part_softmax.resize(heads);
+    return scratch;
+  }
+};
+
+void attend_tile(const PagedAttention& op, const AttentionKernel& kernel, const AttentionTile& tile) {
+  const int num_heads = tile.num_queries * (op.num_heads / op.num_kv_heads);
+  Scratch& scratch = Scratch::of_thread(num_heads, op.head_dim);
+  const AttentionPart total{scratch.total_softmax.data(), scratch.total.data()};
+  const AttentionPart part{scratch.part_softmax.data(), scratch.part.data()};
+  const auto [first, end] = splits_of(op, tile);
+  kernel.attend(op, tile, first, scratch.q.data(), total);
+  for (int split = first + 1; split < end; ++split) {
+    kernel.attend(op, tile, split, scratch.q.data(), part);
+    merge(total, part, num_heads, op.head_dim);
+  }
+  finish(op, tile, total);
+}
+
+// Tiles whose splits are computed apart and then merged in their order, to the same bits as by attend_tile.
+class SplitTiles {
+ public:
+  SplitTiles(const PagedAttention& op, std::vector<AttentionTile> tiles) : op_(op), tiles_(std::move(tiles)) {
+    std::size_t num_heads = 0;
+    for (const AttentionTile& tile : tiles_) {
+      const auto [first, end] = splits_of(op, tile);
+      first_tasks_.push_back(static_cast<int>(tasks_.size()));
+      for (int split = first; split < end; ++split) {
+        tasks_.push_back({&tile, split, num_heads});
+        num_heads += heads_of(tile);
+      }
+    }
+    softmax_.resize(num_heads);
+    acc_.resize(num_heads * op.head_dim);
+  }
+
+  void run(ThreadPool& pool, const AttentionKernel& kernel) {
+    pool.parallel_for(static_cast<int>(tasks_.size()), [&](int i) {
+      const AttentionTile& tile = *tasks_[i].tile;
+      Scratch& scratch = Scratch::of_thread(heads_of(tile), op_.head_dim);
+      kernel.attend(op_, tile, tasks_[i].split, scratch.q.data(), part(i));
+    });
+    for (std::size_t i = 0; i < tiles_.size(); ++i) {
+      const int first = first_tasks_[i];
+      const auto [first_split, end_split] = splits_of(op_, tiles_[i]);
+      for (int task = first + 1; task < first + end_split - first_split; ++task) {
+        merge(part(first), part(task), heads_of(tiles_[i]), op_.head_dim);
+      }
+      finish(op_, tiles_[i], part(first));
+    }
+  }
+
+ private:
+  struct Task {
+    const AttentionTile* tile;
+    int split;
+    std::size_t first_head;  // of softmax_ and acc_
+  };
+
+  int heads_of(const AttentionTile& tile) const { return tile.num_queries * (op_.num_heads / op_.num_kv_heads); }
+  AttentionPart part(int task) {
+    const std::size_t head = tasks_[task].first_head;
+    return {softmax_.data() + head, acc_.data() + head * op_.head_dim};
+  }
+
+  const PagedAttention& op_;
+  std::vector<AttentionTile> tiles_;
+  std::vector<int> first_tasks_;  // of each tile
+  std::vector<Task> tasks_;
+  std::vector<OnlineSoftmax> softmax_;
+  std::vector<float> acc_;
+};
+
 }  // namespace
 
 std::span<const AttentionKernel* const> attention_kernels() {
@@ -43,16 +174,15 @@ std::span<const AttentionKernel* const> attention_kernels() {
 }
 
 void paged_attention(const PagedAttention& op, ThreadPool& pool, const AttentionKernel& kernel) {
-  const std::vector<AttentionTile> tiles = make_tiles(op);
-  const int group = op.num_heads / op.num_kv_heads;
-  pool.parallel_for(static_cast<int>(tiles.size()), [&](int i) {
-    thread_local std::vector<float> q;
-    thread_local std::vector<OnlineSoftmax> softmax;
-    const auto num_heads = static_cast<std::size_t>(tiles[i].num_queries * group);
-    q.resize(std::max(q.size(), num_heads * op.head_dim));
-    softmax.resize(std::max(softmax.size(), num_heads));
-    kernel.attend(op, tiles[i], q.data(), softmax.data());
+  std::vector<AttentionTile> tiles = make_tiles(op);
+  const auto split = std::ranges::stable_partition(tiles, [&](const AttentionTile& tile) {
+    const auto [first, end] = splits_of(op, tile);
+    return end - first == 1 || op.query_lens[tile.row] >= kManyQueries;
   });
+  SplitTiles split_tiles(op, {split.begin(), split.end()});
+  tiles.erase(split.begin(), split.end());
+  pool.parallel_for(static_cast<int>(tiles.size()), [&](int i) { attend_tile(op, kernel, tiles[i]); });
+  split_tiles.run(pool, kernel);
 }
 
 }  // namespace mlx_server

@@ -24,7 +24,7 @@ struct PagedAttention {
   float softcap;  // 0 for none
 };
 
-// Some queries of one row, all heads that share one key/value head: what a thread computes at a time.
+// Some queries of one row, all heads that share one key/value head.
 struct AttentionTile {
   int row, kv_head;
   int first_token;  // of q and out
@@ -37,10 +37,19 @@ struct OnlineSoftmax {
   float max, sum;
 };
 
+// Attention of a tile over some of the keys, query by query and head by head: [num_queries * H / Hk] heads.
+struct AttentionPart {
+  OnlineSoftmax* softmax;  // [heads]; {-infinity, 0} where no key is seen
+  float* acc;              // [heads, D], sums of values by weight
+};
+
+constexpr int kSplitSize = 512;  // keys
+
 struct AttentionKernel {
   const char* name;
-  // Scratch memory: q [num_queries * H / Hk, D], softmax [num_queries * H / Hk].
-  void (*attend)(const PagedAttention& op, const AttentionTile& tile, float* q, OnlineSoftmax* softmax);
+  // The tile's attention over the keys [split * kSplitSize, (split + 1) * kSplitSize), without sinks. q is scratch
+  // memory, [heads, D].
+  void (*attend)(const PagedAttention& op, const AttentionTile& tile, int split, float* q, const AttentionPart& part);
 };
 
 // The kernels that this processor can run, best first.

@@ -1,8 +1,8 @@
 // The attention kernel, written once; each instruction set's file includes and compiles it.
 //
 // Keys are taken in chunks that stay in the L1 cache while all queries of a tile pass over them, with an online softmax
-// (Milakov and Gimelshein 2018). Chunks end at fixed positions and each query is computed on its own, so its result
-// depends neither on the batch nor on how a prompt was cut.
+// (Milakov and Gimelshein 2018). Splits and chunks end at fixed positions and each query is computed on its own, so its
+// result depends neither on the batch nor on how a prompt was cut.
 #pragma once
 
 #include <algorithm>
@@ -108,12 +108,6 @@ inline void add_values(const float* weights, const float* const* values, int num
   }
 }
 
-inline void scale(float* acc, int head_dim, float factor) {
-  for (int d = 0; d < head_dim; ++d) {
-    acc[d] *= factor;
-  }
-}
-
 // x = cap * tanh(x / cap)
 inline void cap_scores(Floats& x, float cap) {
   Floats e = x * (2 / cap);
@@ -134,7 +128,9 @@ inline void update(OnlineSoftmax& softmax, float* scores, int num_seen, float* a
     Floats change = Floats{} + (softmax.max - max);
     exp_of(change);
     softmax.sum *= change[0];
-    scale(acc, head_dim, change[0]);
+    for (int d = 0; d < head_dim; ++d) {
+      acc[d] *= change[0];
+    }
     softmax.max = max;
   }
   Floats sums{};
@@ -172,23 +168,21 @@ inline void attend_chunk(const PagedAttention& op, const float* q, const Chunk& 
   add_values(scores, chunk.values + first, num_seen, op.head_dim, acc);
 }
 
-void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q, OnlineSoftmax* softmax) {
+void attend(const PagedAttention& op, const AttentionTile& tile, int split, float* scaled_q,
+            const AttentionPart& part) {
   const int group = op.num_heads / op.num_kv_heads, head_dim = op.head_dim;
   const std::ptrdiff_t first_head = static_cast<std::ptrdiff_t>(tile.first_token) * op.num_heads + tile.kv_head * group;
-  auto head_offset = [&](int query, int head) {
-    return (first_head + static_cast<std::ptrdiff_t>(query) * op.num_heads + head) * head_dim;
-  };
   const int num_heads = tile.num_queries * group;  // query by query
   for (int i = 0; i < num_heads; ++i) {
-    const std::ptrdiff_t offset = head_offset(i / group, i % group);
-    softmax[i] = op.sinks ? OnlineSoftmax{op.sinks[tile.kv_head * group + i % group], 1} : OnlineSoftmax{-kInfinity, 0};
+    const float* q = op.q + (first_head + static_cast<std::ptrdiff_t>(i / group) * op.num_heads + i % group) * head_dim;
+    part.softmax[i] = {-kInfinity, 0};
     for (int d = 0; d < head_dim; ++d) {
-      scaled_q[i * head_dim + d] = op.q[offset + d] * op.scale;
-      op.out[offset + d] = 0;
+      scaled_q[i * head_dim + d] = q[d] * op.scale;
+      part.acc[i * head_dim + d] = 0;
     }
   }
-  const int end = tile.first_pos + tile.num_queries;
-  for (int begin = std::max(0, tile.first_pos + 1 - op.window); begin < end;) {
+  const int end = std::min(tile.first_pos + tile.num_queries, (split + 1) * kSplitSize);
+  for (int begin = std::max(tile.first_pos + 1 - op.window, split * kSplitSize); begin < end;) {
     const int chunk_end = std::min((begin / kChunkSize + 1) * kChunkSize, end);
     Chunk chunk;
     locate(op, tile, begin, chunk_end, chunk);
@@ -196,14 +190,10 @@ void attend(const PagedAttention& op, const AttentionTile& tile, float* scaled_q
       const int seen_end = tile.first_pos + i / group + 1, first = std::max(begin, seen_end - op.window) - begin;
       const int num_seen = std::min(chunk_end, seen_end) - begin - first;
       if (num_seen > 0) {
-        attend_chunk(op, scaled_q + i * head_dim, chunk, first, num_seen, softmax[i],
-                     op.out + head_offset(i / group, i % group));
+        attend_chunk(op, scaled_q + i * head_dim, chunk, first, num_seen, part.softmax[i], part.acc + i * head_dim);
       }
     }
     begin = chunk_end;
-  }
-  for (int i = 0; i < num_heads; ++i) {
-    scale(op.out + head_offset(i / group, i % group), head_dim, 1 / softmax[i].sum);
   }
 }
 

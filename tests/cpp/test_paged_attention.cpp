@@ -133,6 +133,8 @@ TEST(agrees_with_the_definition) {
       check_batch(Batch({1, 9, 70}, {65, 128, 70}, block_size, 4, 4, 64), *kernel, pool);
     }
     check_batch(Batch({2, 1}, {20, 64}, 16, 40, 1, 16), *kernel, pool);
+    check_batch(Batch({1, 3, 9}, {512, 1600, 1030}, 16, 4, 2, 16), *kernel, pool);  // several splits
+    check_batch(Batch({1, 7, 20}, {512, 1600, 1030}, 16, 4, 2, 16, 600, 0, true), *kernel, pool);
     for (const int window : {1, 30, 64, 129}) {
       check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window), *kernel, pool);
       check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window, 0.5f, true), *kernel, pool);

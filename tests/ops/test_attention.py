@@ -202,11 +202,11 @@ def test_row_does_not_depend_on_the_batch(window: int | None) -> None:
     np.testing.assert_array_equal(together, alone)
 
 
-@pytest.mark.parametrize("window", [None, 1, 20, 70])
+@pytest.mark.parametrize("window", [None, 1, 20, 70, 600])
 def test_query_does_not_depend_on_how_the_prompt_was_cut(window: int | None) -> None:
-    whole = Case([(150, 150)], window=window)
+    whole = Case([(1100, 1100)], window=window)
     together = whole.run()
-    for begin, end in [(0, 60), (60, 149), (149, 150)]:
+    for begin, end in [(0, 60), (60, 1099), (1099, 1100)]:
         chunk = whole.only_row(0)
         chunk.q, chunk.query_lens, chunk.context_lens = whole.q[begin:end], [end - begin], [end]
         if ON_CPU or end - begin > 1:
