@@ -12,19 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 
 from fake_engine import FakeEngine, until
+from mlx_server.api.incoming import Timeouts
 from mlx_server.config import Launch, ResolvedModel, Settings
 
 CHAT = "/v1/chat/completions"
 TESTS = Path(__file__).parent
+_TIMEOUTS = Timeouts()
 
 
 class Process:
-    """An API process and its engine."""
+    """An API process and its engine. `max_files`: so many may be open in each process; 0: the usual number."""
 
-    def __init__(self, run_dir: Path, drain_s: int = 30, send_timeout_s: int = 20, **settings: Any) -> None:
+    def __init__(self, run_dir: Path, timeouts: Timeouts = _TIMEOUTS, max_files: int = 0, **settings: Any) -> None:
         self.run_dir = run_dir
         self.log = run_dir / "log"
         self.engine = FakeEngine(f"ipc://{run_dir}/engine")
@@ -32,10 +35,10 @@ class Process:
         Launch(Settings(model="tiny", **settings), model, self.engine.address).write(run_dir)
         with socket.create_server(("127.0.0.1", 0)) as listener, self.log.open("w") as log:
             self.port: int = listener.getsockname()[1]
-            numbers = (listener.fileno(), drain_s, send_timeout_s)
+            arguments = (str(listener.fileno()), msgspec.json.encode(timeouts), str(max_files))
             stdin, self.lifeline = os.pipe()
             self.process = subprocess.Popen(
-                [sys.executable, TESTS / "api/fake_server.py", run_dir, *map(str, numbers)],
+                [sys.executable, TESTS / "api/fake_server.py", run_dir, *arguments],
                 env=os.environ | {"PYTHONPATH": str(TESTS)},
                 stdin=stdin,
                 stderr=log,
@@ -95,8 +98,8 @@ def request(**fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(run_dir: Path, **settings: Any) -> Iterator[Process]:
-    process = Process(run_dir, **settings)
+def running(run_dir: Path, timeouts: Timeouts = _TIMEOUTS, max_files: int = 0, **settings: Any) -> Iterator[Process]:
+    process = Process(run_dir, timeouts, max_files, **settings)
     try:
         yield process
     finally:

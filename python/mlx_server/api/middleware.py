@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], Callable[[bytes], None]]
 
-_HEALTH = ("/health", "/health/ready")
-_NO_KEY = (*_HEALTH, "/docs")  # a page that is the same for all servers; it asks for the key itself
+HEALTH_PATHS = ("/health", "/health/ready")
+_NO_KEY = (*HEALTH_PATHS, "/docs")  # a page that is the same for all servers; it asks for the key itself
 _CORS_MAX_AGE_S = 600
 # `*` covers neither `authorization` nor, in all browsers, the others.
 _CORS_REQUEST_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
@@ -145,7 +145,7 @@ class RateLimit:
         self._limiter = limiter
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path in _HEALTH:
+        if req.path in HEALTH_PATHS:
             return
         wait_s = self._limiter.admit(req.remote_addr)
         if wait_s:
