@@ -153,7 +153,7 @@ std::tuple<mx::array, mx::array, mx::array> gated_delta(const GatedDeltaInputs& 
   check(in);
   const auto s = mx::to_stream(s_);
   if (s.device == mx::Device::gpu) {
-    return gated_delta_gpu(in, s);
+    return in.state.size() < 8 ? gated_delta_fallback(in, s) : gated_delta_gpu(in, s);
   }
   const bool has_kernel = in.key_head_dim % 8 == 0 && in.state.shape(2) % 8 == 0;
   return has_kernel ? gated_delta_cpu(in, s) : gated_delta_fallback(in, s);

@@ -99,30 +99,35 @@ Constants constants(const GatedDeltaInputs& in) {
           {"VALUE_DIM", in.state.shape(2)}};
 }
 
-// y of the tokens of `rows` (the others' are undefined), and the states with these rows' new ones.
-Outputs written(const GatedDeltaInputs& in, const Rows& rows, const mx::array& y, const mx::array& conv_state,
-                const mx::array& state, mx::Stream s) {
+// conv_state with the rows' new values [R, K - 1, C].
+mx::array write_conv_state(const GatedDeltaInputs& in, const Rows& rows, const mx::array& values, mx::Stream s) {
   const bool is_all = rows.num_rows == in.slots.shape(0);
-  const mx::array slots = is_all ? in.slots : mx::take(in.slots, rows.places, 0, s);
-  return {y, write_rows(in.conv_state, slots, conv_state, s), write_rows(in.state, slots, state, s)};
+  return write_rows(in.conv_state, is_all ? in.slots : mx::take(in.slots, rows.places, 0, s), values, s);
+}
+
+// The state after a kernel that has updated it in place, which would be half of a decode's traffic otherwise. MLX has
+// not seen that; writing one row [1, Dk] of it again, values that the kernel hands out, tells it what later reads wait
+// for.
+mx::array updated_state(const mx::array& state, const mx::array& row, const mx::array& values, mx::Stream s) {
+  const mx::array all_rows = mx::reshape(state, {-1, state.shape(3)}, s);
+  return mx::reshape(write_rows(all_rows, row, values, s), state.shape(), s);
 }
 
 Outputs steps(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
   constexpr int kThreads = 128, kValues = kThreads / 4;
   const int num_tokens = in.qkv.shape(0), channels = in.qkv.shape(1), history = in.conv_state.shape(1);
-  const int heads = in.state.shape(1), value_dim = in.state.shape(2), key_dim = in.key_head_dim;
-  const auto out = launch(kernel_sources::gated_delta_step,
-                          {.inputs = {in.qkv, in.conv_weight, in.a, in.b, in.a_log, in.dt_bias, in.conv_state, in.state,
-                                      in.slots, rows.rows},
-                           .output_shapes = {{num_tokens, heads, value_dim},
-                                             {rows.num_rows, history, channels},
-                                             {rows.num_rows, heads, value_dim, key_dim}},
-                           .output_dtypes = {in.qkv.dtype(), in.conv_state.dtype(), mx::float32},
-                           .constants = constants(in),
-                           .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
-                           .threads = kThreads},
-                          s);
-  return written(in, rows, out[0], out[1], out[2], s);
+  const int heads = in.state.shape(1), value_dim = in.state.shape(2);
+  const auto out = launch(
+      kernel_sources::gated_delta_step,
+      {.inputs = {in.qkv, in.conv_weight, in.a, in.b, in.a_log, in.dt_bias, in.conv_state, in.state, in.slots,
+                  rows.rows},
+       .output_shapes = {{num_tokens, heads, value_dim}, {rows.num_rows, history, channels}, {1}, {1, in.key_head_dim}},
+       .output_dtypes = {in.qkv.dtype(), in.conv_state.dtype(), mx::int32, mx::float32},
+       .constants = constants(in),
+       .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
+       .threads = kThreads},
+      s);
+  return {out[0], write_conv_state(in, rows, out[1], s), updated_state(in.state, out[2], out[3], s)};
 }
 
 Outputs chunks(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
@@ -149,21 +154,22 @@ Outputs chunks(const GatedDeltaInputs& in, const Rows& rows, mx::Stream s) {
                              .groups = {heads, n, 1},
                              .threads = kThreads},
                             s);
-  const auto scan =
-      launch(kernel_sources::gated_delta_scan,
-             {.inputs = {parts[0], parts[1], parts[2], parts[3], parts[4], in.state, in.slots, rows.rows},
-              .output_shapes = {{num_tokens, heads, value_dim}, {rows.num_rows, heads, value_dim, key_dim}},
-              .output_dtypes = {in.qkv.dtype(), mx::float32},
-              .constants = constants(in),
-              .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
-              .threads = kThreads},
-             s);
-  return written(in, rows, scan[0], conv[1], scan[1], s);
+  const auto scan = launch(kernel_sources::gated_delta_scan,
+                           {.inputs = {parts[0], parts[1], parts[2], parts[3], parts[4], in.state, in.slots, rows.rows},
+                            .output_shapes = {{num_tokens, heads, value_dim}, {1}, {1, key_dim}},
+                            .output_dtypes = {in.qkv.dtype(), mx::int32, mx::float32},
+                            .constants = constants(in),
+                            .groups = {(value_dim + kValues - 1) / kValues, heads, rows.num_rows},
+                            .threads = kThreads},
+                           s);
+  return {scan[0], write_conv_state(in, rows, conv[1], s), updated_state(in.state, scan[1], scan[2], s)};
 }
 
 }  // namespace
 
-Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
+Outputs gated_delta_gpu(const GatedDeltaInputs& given, mx::Stream s) {
+  GatedDeltaInputs in = given;
+  in.state = mx::contiguous(in.state, /*allow_col_major=*/false, s);  // else a kernel would get, and update, a copy
   const Plan& plan = plan_of(in);
   if (plan.many.num_rows == 0) {
     return steps(in, plan.few, s);
@@ -171,11 +177,10 @@ Outputs gated_delta_gpu(const GatedDeltaInputs& in, mx::Stream s) {
   if (plan.few.num_rows == 0) {
     return chunks(in, plan.many, s);
   }
-  GatedDeltaInputs rest = in;
   const auto [few_y, conv_state, state] = steps(in, plan.few, s);
-  rest.conv_state = conv_state;
-  rest.state = state;
-  const auto [many_y, new_conv_state, new_state] = chunks(rest, plan.many, s);
+  in.conv_state = conv_state;
+  in.state = state;
+  const auto [many_y, new_conv_state, new_state] = chunks(in, plan.many, s);
   return {mx::where(plan.is_few_rows, few_y, many_y, s), new_conv_state, new_state};
 }
 

@@ -131,6 +131,7 @@ void host_load(float* to, const T* from) {
 #define GROUP_Z (mlx_server::HostThread::current().group[2])
 #define SHARED alignas(16) static
 #define DEVICE
+#define WRITABLE(type, input) const_cast<type*>(input)
 #define BARRIER() mlx_server::HostThread::current().group_barrier->arrive_and_wait()
 #define SIMD_BARRIER() mlx_server::HostThread::current().simdgroup->barrier.arrive_and_wait()
 #define SIMD_SUM(x) mlx_server::host_simd_sum(x)

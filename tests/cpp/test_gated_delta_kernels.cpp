@@ -14,7 +14,7 @@ using mlx_server::HostBfloat16;
 template <typename T, typename C, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int TAPS, int THREADS>
 void step_kernel(const T* qkv, const T* conv_weight, const T* a, const T* b, const T* a_log, const T* dt_bias,
                  const C* conv_state, const float* state, const int* slots, const int* rows, T* y, C* new_conv_state,
-                 float* new_state) {
+                 int* written, float* written_values) {
 #include "gated_delta/gated_delta_step.kernel"
 }
 
@@ -32,7 +32,7 @@ void chunk_kernel(const float* mixed, const T* a, const T* b, const T* a_log, co
 
 template <typename T, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM>
 void scan_kernel(const float* left, const float* right, const float* added, const float* products, const float* decays,
-                 const float* state, const int* slots, const int* rows, T* y, float* new_state) {
+                 const float* state, const int* slots, const int* rows, T* y, int* written, float* written_values) {
 #include "gated_delta/gated_delta_scan.kernel"
 }
 
@@ -44,7 +44,8 @@ struct Launch {
   Case<T> c;
   std::vector<int> rows{}, chunks{};
   std::vector<T> y{}, conv{};
-  std::vector<float> state{};
+  std::vector<float> state{}, written_values{};
+  int written = -1;
 
   explicit Launch(Case<T> filled) : c(std::move(filled)) {
     const int num_rows = static_cast<int>(c.query_lens.size());
@@ -55,7 +56,8 @@ struct Launch {
     }
     y.resize(static_cast<std::size_t>(c.num_tokens() * c.value_heads * c.value_dim));
     conv.resize(c.conv_state.size() / kSlots * num_rows);
-    state.resize(c.state.size() / kSlots * num_rows);
+    state = c.state;
+    written_values.resize(static_cast<std::size_t>(c.key_dim));
   }
 
   int num_rows() const { return static_cast<int>(rows.size() / 5); }
@@ -69,8 +71,8 @@ void run_steps(Launch<T>& run) {
   host_launch({(VALUE_DIM + kValues - 1) / kValues, VALUE_HEADS, run.num_rows()}, kThreads, [&] {
     step_kernel<T, T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, TAPS, kThreads>(
         c.qkv.data(), c.conv_weight.data(), c.a.data(), c.b.data(), c.a_log.data(), c.dt_bias.data(),
-        c.conv_state.data(), c.state.data(), c.slots.data(), run.rows.data(), run.y.data(), run.conv.data(),
-        run.state.data());
+        c.conv_state.data(), run.state.data(), c.slots.data(), run.rows.data(), run.y.data(), run.conv.data(),
+        &run.written, run.written_values.data());
   });
 }
 
@@ -93,8 +95,8 @@ void run_chunks(Launch<T>& run) {
   });
   host_launch({(VALUE_DIM + kValues - 1) / kValues, VALUE_HEADS, run.num_rows()}, kThreads, [&] {
     scan_kernel<T, KEY_DIM, VALUE_HEADS, VALUE_DIM>(left.data(), right.data(), added.data(), products.data(),
-                                                    decays.data(), c.state.data(), c.slots.data(), run.rows.data(),
-                                                    run.y.data(), run.state.data());
+                                                    decays.data(), run.state.data(), c.slots.data(), run.rows.data(),
+                                                    run.y.data(), &run.written, run.written_values.data());
   });
 }
 
@@ -114,7 +116,10 @@ void check(const Launch<T>& run, double tolerance) {
   const Result want = expected(run.c);
   check_near(run.y, want.y, tolerance);
   check_near(with_rows(run.c.conv_state, run.conv, run.c.slots), want.conv_state, 0);
-  check_near(with_rows(run.c.state, run.state, run.c.slots), want.state, 2e-5);
+  check_near(run.state, want.state, 2e-5);
+  CHECK(std::equal(run.written_values.begin(), run.written_values.end(),
+                   run.state.begin() + run.written * run.c.key_dim));
+  CHECK_EQ(run.written, run.c.slots[0] * run.c.value_heads * run.c.value_dim);
 }
 
 template <typename T, int kKeyHeads, int kKeyDim, int kValueHeads, int kValueDim, int kTaps>
