@@ -28,7 +28,7 @@ struct Avx2 {
     __m256 scale, bias;
   };
 
-  template <int kBits>
+  template <int kBits, bool kIsFloat>
   struct Format {
     using Group = Avx2::Group;
 
@@ -65,6 +65,36 @@ struct Avx2 {
     }
     static __m256i low_bits(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi32((1 << kBits) - 1)); }
   };
+};
+
+// A group's 8 possible absolute values are a table in one register.
+template <>
+struct Avx2::Format<4, true> : Avx2::Format<4, false> {
+  using Group = __m256;
+
+  static Group group(float scale, float) { return _mm256_mul_ps(load(kE2m1), _mm256_set1_ps(scale)); }
+  static Vec dequantize(Group table, const std::uint8_t* packed) {
+    int word;
+    __builtin_memcpy(&word, packed, sizeof(word));
+    const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(8)), 28);
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, codes), _mm256_castsi256_ps(sign));
+  }
+};
+
+// Half precision has an e4m3's bits at the top of its own, and an exponent that is 8 higher.
+template <>
+struct Avx2::Format<8, true> : Avx2::Format<8, false> {
+  using Group = __m256;
+
+  static Group group(float scale, float) { return _mm256_set1_ps(scale); }
+  static Vec dequantize(Group scale, const std::uint8_t* packed) {
+    const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x80)), 8);
+    const __m128i rest = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x7f)), 7);
+    const Vec v = _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256));
+    return _mm256_mul_ps(v, scale);
+  }
 };
 
 }  // namespace

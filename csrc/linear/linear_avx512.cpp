@@ -29,7 +29,7 @@ struct Avx512 {
     _mm_storeu_ps(out, _mm_hadd_ps(ab, cd));
   }
 
-  template <int kBits>
+  template <int kBits, bool kIsFloat>
   struct Format {
     struct Group {
       __m512 scale, bias;
@@ -79,7 +79,7 @@ struct Avx512 {
 // A group's 16 possible weights are a table in one register. Lanes 2j and 2j + 1 hold elements j and j + 8: one
 // broadcast of 64 bits brings all of them to where a shift suffices.
 template <>
-struct Avx512::Format<4> {
+struct Avx512::Format<4, false> {
   using Group = __m512;
 
   static Group group(float scale, float bias) {
@@ -99,6 +99,26 @@ struct Avx512::Format<4> {
     const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
     store(packed, _mm512_permutexvar_ps(order, load(x)));
     store(packed + 16, _mm512_permutexvar_ps(order, load(x + 16)));
+  }
+};
+
+template <>
+struct Avx512::Format<4, true> : Avx512::Format<4, false> {
+  static Group group(float scale, float) { return _mm512_mul_ps(load(kE2m1), _mm512_set1_ps(scale)); }
+};
+
+// Half precision has an e4m3's bits at the top of its own, and an exponent that is 8 higher.
+template <>
+struct Avx512::Format<8, true> : Avx512::Format<8, false> {
+  using Group = __m512;
+
+  static Group group(float scale, float) { return _mm512_set1_ps(scale); }
+  static Vec dequantize(Group scale, const std::uint8_t* packed) {
+    const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x7f)), 7);
+    const Vec v = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256));
+    return _mm512_mul_ps(v, scale);
   }
 };
 

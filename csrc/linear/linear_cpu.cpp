@@ -1,6 +1,8 @@
 #include "linear/linear_cpu.h"
 
 #include <algorithm>
+#include <bit>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -46,6 +48,30 @@ void for_each_tile(std::int64_t n, std::int64_t columns, ThreadPool& pool, const
                     [&](int tile) { kernel(tile * columns, std::min((tile + 1) * columns, n)); });
 }
 
+// Floats of 8 bits with 3 of mantissa, as mx.quantize writes them.
+constexpr CodeValues e4m3_values(float nan) {
+  CodeValues values{};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float value = static_cast<float>(exponent == 0 ? mantissa : mantissa + 8) / 512;  // a unit is 2^-9
+    for (int i = 1; i < exponent; ++i) {
+      value *= 2;
+    }
+    value = (code & 127) == 127 ? nan : value;
+    values.of[code] = code < 128 ? value : -value;
+  }
+  return values;
+}
+
+// Powers of two from 2^-127 on; the last code is NaN's, which MLX takes for infinity.
+constexpr CodeValues e8m0_values() {
+  CodeValues values{{std::bit_cast<float>(std::uint32_t{1} << 22)}};
+  for (std::uint32_t code = 1; code < 256; ++code) {
+    values.of[code] = std::bit_cast<float>(code << 23);
+  }
+  return values;
+}
+
 std::vector<const LinearKernels*> supported_kernels() {
   std::vector<const LinearKernels*> kernels;
 #if defined(__x86_64__)
@@ -64,6 +90,28 @@ std::vector<const LinearKernels*> supported_kernels() {
 
 }  // namespace
 
+constinit const float kE2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+constinit const CodeValues kE4m3 = e4m3_values(480);
+constinit const CodeValues kE4m3Scales = e4m3_values(std::numeric_limits<float>::quiet_NaN());
+constinit const CodeValues kE8m0Scales = e8m0_values();
+
+LinearWeights LinearWeights::rows(std::int64_t begin, std::int64_t end) const {
+  LinearWeights w = *this;
+  w.n = end - begin;
+  w.weight += begin * k * bits / 8;
+  if (is_plain()) {
+    return w;
+  }
+  const std::int64_t first_group = begin * (k / group_size);
+  if (scale_codes != nullptr) {
+    w.scale_codes += first_group;
+  } else {
+    w.scales += first_group;
+    w.biases += first_group;
+  }
+  return w;
+}
+
 std::span<const LinearKernels* const> linear_kernels() {
   static const std::vector<const LinearKernels*> kernels = supported_kernels();
   return kernels;
@@ -74,34 +122,37 @@ std::int64_t panel_columns(std::int64_t n, std::int64_t k, int num_threads) {
 }
 
 void quantized_linear_tile(const QuantizedLinear& op, const LinearKernels& kernels) {
-  if (op.bits == 32) {
-    kernels.plain(op, 0, op.n);
+  if (op.w.is_plain()) {
+    kernels.plain(op, 0, op.w.n);
   } else if (op.rows <= kernels.max_direct_rows) {
-    float* packed = scratch(op.rows * op.k);
+    float* packed = scratch(op.rows * op.w.k);
     kernels.pack(op, packed);
-    kernels.direct(op, packed, 0, op.n);
+    kernels.direct(op, packed, 0, op.w.n);
   } else {
     const std::int64_t columns =
-        (op.n + LinearKernels::kColumns - 1) / LinearKernels::kColumns * LinearKernels::kColumns;
-    kernels.panel(op, scratch(columns * op.k), 0, op.n);
+        (op.w.n + LinearKernels::kColumns - 1) / LinearKernels::kColumns * LinearKernels::kColumns;
+    kernels.panel(op, scratch(columns * op.w.k), 0, op.w.n);
   }
 }
 
 void quantized_linear(const QuantizedLinear& op, ThreadPool& pool, const LinearKernels& kernels) {
-  if (op.rows == 0 || op.n == 0) {
+  if (op.rows == 0 || op.w.n == 0) {
     return;
   }
   const int threads = pool.num_threads();
-  if (op.rows <= kernels.max_direct_rows) {
-    float* packed = scratch(op.rows * op.k);
+  if (op.w.is_plain()) {
+    for_each_tile(op.w.n, panel_columns(op.w.n, op.w.k, threads), pool,
+                  [&](std::int64_t begin, std::int64_t end) { kernels.plain(op, begin, end); });
+  } else if (op.rows <= kernels.max_direct_rows) {
+    float* packed = scratch(op.rows * op.w.k);
     kernels.pack(op, packed);
-    const std::int64_t columns = tile_columns(kDirectTileBytes, op.k * op.bits / 8, op.n, threads);
-    for_each_tile(op.n, columns, pool,
+    const std::int64_t columns = tile_columns(kDirectTileBytes, op.w.k * op.w.bits / 8, op.w.n, threads);
+    for_each_tile(op.w.n, columns, pool,
                   [&](std::int64_t begin, std::int64_t end) { kernels.direct(op, packed, begin, end); });
   } else {
-    const std::int64_t columns = panel_columns(op.n, op.k, threads);
-    for_each_tile(op.n, columns, pool, [&](std::int64_t begin, std::int64_t end) {
-      kernels.panel(op, scratch(columns * op.k), begin, end);
+    const std::int64_t columns = panel_columns(op.w.n, op.w.k, threads);
+    for_each_tile(op.w.n, columns, pool, [&](std::int64_t begin, std::int64_t end) {
+      kernels.panel(op, scratch(columns * op.w.k), begin, end);
     });
   }
 }

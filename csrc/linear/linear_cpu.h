@@ -8,17 +8,32 @@
 
 namespace mlx_server {
 
-// y = x @ dequantize(weight).T in MLX's affine format: element k of a row is `q * scale + bias`, with the scale and
-// bias of its group of group_size elements, and q in `bits` bits, lowest bits first.
-struct QuantizedLinear {
-  const float* x;              // [rows, k]
+// How a matrix [n, k] is stored: elements of `bits` bits, lowest bits first, in groups of group_size.
+//   affine: 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128; an element is `q * scale + bias` of its group
+//   floating point: scale_codes instead of scales and biases. mxfp4, nvfp4: 4 bits, e2m1; mxfp8: 8 bits, e4m3. Scales
+//   are
+//     e8m0 in groups of 32, e4m3 in groups of 16. Elements are never NaN: its codes count as 480.
+//   plain: 32 bits, floats, no scales
+// k is a multiple of 32.
+struct LinearWeights {
   const std::uint8_t* weight;  // [n, k * bits / 8]
   const float* scales;         // [n, k / group_size]
   const float* biases;         // [n, k / group_size]
-  float* y;                    // [rows, n]
-  std::int64_t rows, n, k;
-  int group_size;  // 32, 64 or 128
-  int bits;        // 2, 3, 4, 5, 6 or 8; 32: weight holds floats, there are no scales and biases, k is a multiple of 32
+  std::int64_t n, k;
+  int group_size, bits;
+  const std::uint8_t* scale_codes = nullptr;  // [n, k / group_size]
+
+  bool is_plain() const { return bits == 32; }
+  // Rows [begin, end)
+  LinearWeights rows(std::int64_t begin, std::int64_t end) const;
+};
+
+// y = x @ w.T
+struct QuantizedLinear {
+  const float* x;  // [rows, k]
+  LinearWeights w;
+  float* y;  // [rows, n]
+  std::int64_t rows;
   const std::int32_t* x_rows = nullptr;  // [rows]: row r of y is made of row x_rows[r] of x, or of row r if null
 };
 
@@ -33,7 +48,7 @@ struct LinearKernels {
   void (*direct)(const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end);
   // Many rows: dequantizes the columns once, into panel [n_end - n_begin rounded up to kColumns, k].
   void (*panel)(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end);
-  // bits of 32.
+  // Plain weights.
   void (*plain)(const QuantizedLinear& op, std::int64_t n_begin, std::int64_t n_end);
 
   static constexpr int kColumns = 4;  // of y, computed side by side

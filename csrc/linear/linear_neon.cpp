@@ -35,7 +35,7 @@ struct Neon {
     float32x4_t scale, bias;
   };
 
-  template <int kBits>
+  template <int kBits, bool kIsFloat>
   struct Format {
     using Group = Neon::Group;
 
@@ -76,6 +76,41 @@ struct Neon {
       return vandq_u16(vshlq_u16(vreinterpretq_u16_u8(words), vld1q_s16(kShifts)), vdupq_n_u16((1 << kBits) - 1));
     }
   };
+};
+
+// Twice an e2m1 is a whole number: a table of bytes holds all 16.
+template <>
+struct Neon::Format<4, true> : Neon::Format<4, false> {
+  using Group = float32x4_t;
+
+  static Group group(float scale, float) { return vdupq_n_f32(scale / 2); }
+  static Vec dequantize(Group half_scale, const std::uint8_t* packed) {
+    constexpr std::int8_t kTwice[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    std::uint32_t word;
+    __builtin_memcpy(&word, packed, sizeof(word));
+    const uint8x8_t bytes = vcreate_u8(word);
+    const uint8x8_t codes = vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
+    const int16x8_t v = vmovl_s8(vqtbl1_s8(vld1q_s8(kTwice), codes));
+    return {vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(v))), half_scale),
+            vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(v)), half_scale)};
+  }
+};
+
+// Half precision has an e4m3's bits at the top of its own, and an exponent that is 8 higher.
+template <>
+struct Neon::Format<8, true> : Neon::Format<8, false> {
+  using Group = float32x4_t;
+
+  static Group group(float scale, float) { return vdupq_n_f32(scale); }
+  static Vec dequantize(Group scale, const std::uint8_t* packed) {
+    const uint16x8_t codes = vmovl_u8(vld1_u8(packed));
+    const uint16x8_t sign = vshlq_n_u16(vandq_u16(codes, vdupq_n_u16(0x80)), 8);
+    const uint16x8_t rest = vshlq_n_u16(vandq_u16(codes, vdupq_n_u16(0x7f)), 7);
+    const float16x8_t v = vreinterpretq_f16_u16(vorrq_u16(sign, rest));
+    const float32x4_t unit = vdupq_n_f32(256);
+    return {vmulq_f32(vmulq_f32(vcvt_f32_f16(vget_low_f16(v)), unit), scale),
+            vmulq_f32(vmulq_f32(vcvt_high_f32_f16(v), unit), scale)};
+  }
 };
 
 }  // namespace

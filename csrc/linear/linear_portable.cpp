@@ -41,7 +41,7 @@ struct Portable {
     Floats scale, bias;
   };
 
-  template <int kBits>
+  template <int kBits, bool kIsFloat>
   struct Format {
     using Group = Portable::Group;
 
@@ -72,6 +72,28 @@ struct Portable {
       return __builtin_convertvector(Ints{p[0], p[1], p[2], p[3]}, Floats);
     }
   };
+};
+
+template <>
+struct Portable::Format<4, true> : Portable::Format<4, false> {
+  using Group = float;
+
+  static Group group(float scale, float) { return scale; }
+  static Vec dequantize(float scale, const std::uint8_t* p) {
+    return {Floats{kE2m1[p[0] & 15], kE2m1[p[0] >> 4], kE2m1[p[1] & 15], kE2m1[p[1] >> 4]} * scale,
+            Floats{kE2m1[p[2] & 15], kE2m1[p[2] >> 4], kE2m1[p[3] & 15], kE2m1[p[3] >> 4]} * scale};
+  }
+};
+
+template <>
+struct Portable::Format<8, true> : Portable::Format<8, false> {
+  using Group = float;
+
+  static Group group(float scale, float) { return scale; }
+  static Vec dequantize(float scale, const std::uint8_t* p) {
+    return {Floats{kE4m3.of[p[0]], kE4m3.of[p[1]], kE4m3.of[p[2]], kE4m3.of[p[3]]} * scale,
+            Floats{kE4m3.of[p[4]], kE4m3.of[p[5]], kE4m3.of[p[6]], kE4m3.of[p[7]]} * scale};
+  }
 };
 
 }  // namespace

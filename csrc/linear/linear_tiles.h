@@ -9,8 +9,8 @@
 // Templates over Simd are safe because each Simd is in an anonymous namespace.
 //
 // Simd has: Vec, kLanes, kDirectRows, kPanelRows, zero(), load(p), store(p, v), fma(a, b, c) = a * b + c,
-// sum4(v0, v1, v2, v3, out[4]), and Simd::Format<bits>:
-//   Group, group(scale, bias)    what a group of weights shares
+// sum4(v0, v1, v2, v3, out[4]), and Simd::Format<bits, is_float>:
+//   Group, group(scale, bias)    what a group of weights shares; floats have no bias
 //   dequantize(group, packed)    the next kLanes weights, perhaps in an order of its own
 //   in_order(v)                  that order put right
 //   pack(x, packed)              32 elements of x put into that order
@@ -21,23 +21,59 @@
 namespace mlx_server {
 
 constexpr int kColumns = LinearKernels::kColumns;
-constexpr int kBlock = 32;  // every group is a multiple of this
+constexpr int kBlock = 32;  // every row is a multiple of this
+
+// What the loops over a matrix must know when they are compiled.
+struct Form {
+  int bits;
+  bool is_float = false;
+  int block = kBlock;  // every group is a multiple of this
+};
 
 // The weight's rows under `columns` columns of y, 1 or kColumns. With 1, all strides are 0: it is computed kColumns
 // times.
-template <typename Simd>
+template <typename Simd, Form kForm>
 struct WeightRows {
+  using Format = typename Simd::template Format<kForm.bits, kForm.is_float>;
+
   const std::uint8_t* weight;
   const float *scales, *biases;
+  const std::uint8_t* scale_codes;
+  const CodeValues* code_values;
   std::int64_t stride, group_stride;  // from one row to the next
 
-  WeightRows(const QuantizedLinear& op, std::int64_t n, std::int64_t columns) {
-    const std::int64_t row_bytes = op.k * op.bits / 8, groups = op.k / op.group_size;
-    weight = op.weight + n * row_bytes;
-    scales = op.scales + n * groups;
-    biases = op.biases + n * groups;
+  WeightRows(const LinearWeights& w, std::int64_t n, std::int64_t columns) {
+    const std::int64_t row_bytes = w.k * kForm.bits / 8, groups = w.k / w.group_size;
+    weight = w.weight + n * row_bytes;
+    if constexpr (kForm.is_float) {
+      scale_codes = w.scale_codes + n * groups;
+      code_values = w.group_size == 16 ? &kE4m3Scales : &kE8m0Scales;
+    } else {
+      scales = w.scales + n * groups;
+      biases = w.biases + n * groups;
+    }
     stride = columns == 1 ? 0 : row_bytes;
     group_stride = columns == 1 ? 0 : groups;
+  }
+
+  typename Format::Group group(std::int64_t column, std::int64_t g) const {
+    const std::int64_t at = column * group_stride + g;
+    if constexpr (kForm.is_float) {
+      return Format::group(code_values->of[scale_codes[at]], 0);
+    } else {
+      return Format::group(scales[at], biases[at]);
+    }
+  }
+
+  // Asks for what the next kColumns rows' groups share, a piece with each group.
+  void prefetch_group(std::int64_t g) const {
+    const std::int64_t at = kColumns * (group_stride + g);
+    if constexpr (kForm.is_float) {
+      __builtin_prefetch(scale_codes + at);
+    } else {
+      __builtin_prefetch(scales + at);
+      __builtin_prefetch(biases + at);
+    }
   }
 };
 
@@ -64,7 +100,7 @@ struct BitPlace {
 
 template <typename Simd>
 inline const float* x_row(const QuantizedLinear& op, std::int64_t row) {
-  return op.x + (op.x_rows == nullptr ? row : op.x_rows[row]) * op.k;
+  return op.x + (op.x_rows == nullptr ? row : op.x_rows[row]) * op.w.k;
 }
 
 template <typename Simd>
@@ -85,40 +121,37 @@ inline void store_columns(const typename Simd::Vec (&sums)[kColumns], float* y, 
   *y = out[0];
 }
 
-template <typename Simd, int kBits, int kRows>
+template <typename Simd, Form kForm, int kRows>
 void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n, std::int64_t columns) {
   using Vec = typename Simd::Vec;
-  using Format = typename Simd::template Format<kBits>;
-  constexpr int kVecBytes = Simd::kLanes * kBits / 8, kBlockBytes = kBlock * kBits / 8;
-  const WeightRows<Simd> rows(op, n, columns);
+  using Format = typename Simd::template Format<kForm.bits, kForm.is_float>;
+  constexpr int kVecBytes = Simd::kLanes * kForm.bits / 8, kBlockBytes = kForm.block * kForm.bits / 8;
+  const WeightRows<Simd, kForm> rows(op.w, n, columns);
   const std::uint8_t* weight = rows.weight;
   // Rows lie one behind the other, each too short for the processor to see where the next one starts: the next tile is
   // asked for in the order of memory.
   const std::uint8_t* next = rows.weight + kColumns * rows.stride;
-  const float* next_scales = rows.scales + kColumns * rows.group_stride;
-  const float* next_biases = rows.biases + kColumns * rows.group_stride;
   const float* x = packed;
   Vec sums[kRows][kColumns];
   zero_sums<Simd>(&sums[0][0], kRows * kColumns);
 
-  const std::int64_t groups = op.k / op.group_size;
-  const int blocks = op.group_size / kBlock;
+  const std::int64_t groups = op.w.k / op.w.group_size;
+  const int blocks = op.w.group_size / kForm.block;
   for (std::int64_t g = 0; g < groups; ++g) {
     typename Format::Group group[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      group[c] = Format::group(rows.scales[c * rows.group_stride + g], rows.biases[c * rows.group_stride + g]);
+      group[c] = rows.group(c, g);
     }
-    __builtin_prefetch(next_scales + kColumns * g);
-    __builtin_prefetch(next_biases + kColumns * g);
+    rows.prefetch_group(g);
     for (int block = 0; block < blocks; ++block) {
       for (int line = 0; line < kColumns * kBlockBytes; line += 64) {
         __builtin_prefetch(next + line);
       }
       next += kColumns * kBlockBytes;
-      for (int i = 0; i < kBlock / Simd::kLanes; ++i) {
+      for (int i = 0; i < kForm.block / Simd::kLanes; ++i) {
         Vec x_r[kRows];
         for (int r = 0; r < kRows; ++r) {
-          x_r[r] = Simd::load(x + r * op.k + i * Simd::kLanes);
+          x_r[r] = Simd::load(x + r * op.w.k + i * Simd::kLanes);
         }
         for (int c = 0; c < kColumns; ++c) {
           const Vec w = Format::dequantize(group[c], weight + c * rows.stride + i * kVecBytes);
@@ -128,27 +161,27 @@ void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n,
         }
       }
       weight += kBlockBytes;
-      x += kBlock;
+      x += kForm.block;
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (Vec& sum : sums[r]) {
       sum = Format::in_order(sum);
     }
-    store_columns<Simd>(sums[r], op.y + r * op.n + n, columns);
+    store_columns<Simd>(sums[r], op.y + r * op.w.n + n, columns);
   }
 }
 
-template <typename Simd, int kBits>
-void dequantize_row(const QuantizedLinear& op, std::int64_t n, float* out) {
-  using Format = typename Simd::template Format<kBits>;
-  const WeightRows<Simd> row(op, n, 1);
+template <typename Simd, Form kForm>
+void dequantize_row(const LinearWeights& w, std::int64_t n, float* out) {
+  using Format = typename Simd::template Format<kForm.bits, kForm.is_float>;
+  const WeightRows<Simd, kForm> row(w, n, 1);
   const std::uint8_t* weight = row.weight;
-  for (std::int64_t g = 0; g < op.k / op.group_size; ++g) {
-    const typename Format::Group group = Format::group(row.scales[g], row.biases[g]);
-    for (int i = 0; i < op.group_size; i += Simd::kLanes) {
+  for (std::int64_t g = 0; g < w.k / w.group_size; ++g) {
+    const typename Format::Group group = row.group(0, g);
+    for (int i = 0; i < w.group_size; i += Simd::kLanes) {
       Simd::store(out, Format::in_order(Format::dequantize(group, weight)));
-      weight += Simd::kLanes * kBits / 8;
+      weight += Simd::kLanes * kForm.bits / 8;
       out += Simd::kLanes;
     }
   }
@@ -164,7 +197,7 @@ void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stri
   }
   Vec sums[kRows][kColumns];
   zero_sums<Simd>(&sums[0][0], kRows * kColumns);
-  for (std::int64_t k = 0; k < op.k; k += Simd::kLanes) {
+  for (std::int64_t k = 0; k < op.w.k; k += Simd::kLanes) {
     Vec w[kColumns];
     for (int c = 0; c < kColumns; ++c) {
       w[c] = Simd::load(panel + c * stride + k);
@@ -177,7 +210,7 @@ void panel_tile(const QuantizedLinear& op, const float* panel, std::int64_t stri
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    store_columns<Simd>(sums[r], op.y + (row + r) * op.n + n, columns);
+    store_columns<Simd>(sums[r], op.y + (row + r) * op.w.n + n, columns);
   }
 }
 
@@ -193,10 +226,10 @@ void panel_rows(const QuantizedLinear& op, const float* panel, std::int64_t row,
   }
   std::int64_t n = n_begin;
   for (; n + kColumns <= n_end; n += kColumns) {
-    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.k, op.k, row, n, kColumns);
+    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.w.k, op.w.k, row, n, kColumns);
   }
   for (; n < n_end; ++n) {
-    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.k, 0, row, n, 1);
+    panel_tile<Simd, kRows>(op, panel + (n - n_begin) * op.w.k, 0, row, n, 1);
   }
 }
 
@@ -211,47 +244,54 @@ void multiply(const QuantizedLinear& op, const float* panel, std::int64_t n_begi
   }
 }
 
-template <typename Simd, int kBits>
+template <typename Simd, Form kForm>
 void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64_t n_begin, std::int64_t n_end) {
   for (std::int64_t n = n_begin; n < n_end; ++n) {
-    dequantize_row<Simd, kBits>(op, n, panel + (n - n_begin) * op.k);
+    dequantize_row<Simd, kForm>(op.w, n, panel + (n - n_begin) * op.w.k);
   }
   multiply<Simd>(op, panel, n_begin, n_end);
 }
 
-template <typename Simd, int kBits, int kRows = 1>
+template <typename Simd, Form kForm, int kRows = 1>
 void direct(const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end) {
   if constexpr (kRows < Simd::kDirectRows) {
     if (op.rows > kRows) {
-      direct<Simd, kBits, kRows + 1>(op, packed, n_begin, n_end);
+      direct<Simd, kForm, kRows + 1>(op, packed, n_begin, n_end);
       return;
     }
   }
   std::int64_t n = n_begin;
   for (; n + kColumns <= n_end; n += kColumns) {
-    direct_tile<Simd, kBits, kRows>(op, packed, n, kColumns);
+    direct_tile<Simd, kForm, kRows>(op, packed, n, kColumns);
   }
   for (; n < n_end; ++n) {
-    direct_tile<Simd, kBits, kRows>(op, packed, n, 1);
+    direct_tile<Simd, kForm, kRows>(op, packed, n, 1);
   }
 }
 
-// kernel.operator()<bits>()
+// kernel.operator()<form>()
 template <typename Simd, typename Kernel>
-inline void with_bits(int bits, const Kernel& kernel) {
-  switch (bits) {
+inline void with_form(const LinearWeights& w, const Kernel& kernel) {
+  if (w.scale_codes != nullptr) {
+    if (w.bits == 8) {
+      return kernel.template operator()<Form{8, true}>();
+    }
+    return w.group_size == 16 ? kernel.template operator()<Form{4, true, 16}>()
+                              : kernel.template operator()<Form{4, true}>();
+  }
+  switch (w.bits) {
     case 2:
-      return kernel.template operator()<2>();
+      return kernel.template operator()<Form{2}>();
     case 3:
-      return kernel.template operator()<3>();
+      return kernel.template operator()<Form{3}>();
     case 4:
-      return kernel.template operator()<4>();
+      return kernel.template operator()<Form{4}>();
     case 5:
-      return kernel.template operator()<5>();
+      return kernel.template operator()<Form{5}>();
     case 6:
-      return kernel.template operator()<6>();
+      return kernel.template operator()<Form{6}>();
     default:
-      return kernel.template operator()<8>();
+      return kernel.template operator()<Form{8}>();
   }
 }
 
@@ -262,27 +302,27 @@ constexpr LinearKernels make_linear_kernels(const char* name) {
       .max_direct_rows = Simd::kDirectRows,
       .pack =
           [](const QuantizedLinear& op, float* packed) {
-            with_bits<Simd>(op.bits, [&]<int kBits>() {
-              for (std::int64_t row = 0; row < op.rows; ++row, packed += op.k) {
+            with_form<Simd>(op.w, [&]<Form kForm>() {
+              for (std::int64_t row = 0; row < op.rows; ++row, packed += op.w.k) {
                 const float* x = x_row<Simd>(op, row);
-                for (std::int64_t i = 0; i < op.k; i += kBlock) {
-                  Simd::template Format<kBits>::pack(x + i, packed + i);
+                for (std::int64_t i = 0; i < op.w.k; i += kBlock) {
+                  Simd::template Format<kForm.bits, kForm.is_float>::pack(x + i, packed + i);
                 }
               }
             });
           },
       .direct =
           [](const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end) {
-            with_bits<Simd>(op.bits, [&]<int kBits>() { direct<Simd, kBits>(op, packed, n_begin, n_end); });
+            with_form<Simd>(op.w, [&]<Form kForm>() { direct<Simd, kForm>(op, packed, n_begin, n_end); });
           },
       .panel =
           [](const QuantizedLinear& op, float* scratch, std::int64_t n_begin, std::int64_t n_end) {
-            with_bits<Simd>(op.bits,
-                            [&]<int kBits>() { dequantize_and_multiply<Simd, kBits>(op, scratch, n_begin, n_end); });
+            with_form<Simd>(op.w,
+                            [&]<Form kForm>() { dequantize_and_multiply<Simd, kForm>(op, scratch, n_begin, n_end); });
           },
       .plain =
           [](const QuantizedLinear& op, std::int64_t n_begin, std::int64_t n_end) {
-            multiply<Simd>(op, reinterpret_cast<const float*>(op.weight) + n_begin * op.k, n_begin, n_end);
+            multiply<Simd>(op, reinterpret_cast<const float*>(op.w.weight) + n_begin * op.w.k, n_begin, n_end);
           },
   };
 }

@@ -13,6 +13,7 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "linear/weight_form.h"
 #include "moe/moe_cpu.h"
 #include "moe/moe_gpu.h"
 
@@ -73,54 +74,31 @@ class RoutePrimitive : public mx::Primitive {
   bool normalize_;
 };
 
-// How the arrays of an ExpertMatrix are stored; group_size 0 and bits 32 if plain.
-struct Form {
-  int group_size, bits;
-  bool operator==(const Form&) const = default;
-};
-
-Form form(const ExpertMatrix& matrix) { return matrix.scales ? Form{matrix.group_size, matrix.bits} : Form{0, 32}; }
-
-bool has_kernel(const ExpertMatrix& matrix, int k) {
-  if (!matrix.scales) {
-    return matrix.weight.dtype() == mx::float32 && k > 0 && k % 32 == 0;
-  }
-  return matrix.mode == "affine" && matrix.bits > 1 && matrix.bits != 7 &&
-         (matrix.group_size == 32 || matrix.group_size == 64 || matrix.group_size == 128) && k > 0 &&
-         matrix.scales->dtype() == mx::float32 && matrix.biases->dtype() == mx::float32;
+std::optional<WeightForm> form_of(const ExpertMatrix& matrix, int k) {
+  return weight_form(matrix.weight, matrix.scales, matrix.biases, matrix.group_size, matrix.bits, matrix.mode, k);
 }
 
 // x float32, experts, weights, the arrays of gate, up and down, and perhaps shared float32  ->  [T, D] float32
 class MoeMlpPrimitive : public mx::UnaryPrimitive {
  public:
-  MoeMlpPrimitive(mx::Stream stream, const std::array<Form, 3>& forms) : UnaryPrimitive(stream), forms_(forms) {}
+  MoeMlpPrimitive(mx::Stream stream, const std::array<WeightForm, 3>& forms) : UnaryPrimitive(stream), forms_(forms) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     const std::vector<mx::array> in = without_gaps(inputs, stream());
     out.set_data(mx::allocator::malloc(out.nbytes()));
     std::size_t next = 3;
-    std::array<ExpertWeights, 3> matrices;
     const std::int64_t d = out.shape(1), n = in[3].shape(1), num_experts = in[3].shape(0);
-    for (std::size_t i = 0; i < matrices.size(); ++i) {
-      const Form form = forms_[i];
-      const bool quantized = form.bits != 32;
-      matrices[i] = {.weight = in[next].data<std::uint8_t>(),
-                     .scales = quantized ? in[next + 1].data<float>() : nullptr,
-                     .biases = quantized ? in[next + 2].data<float>() : nullptr,
-                     .n = i == 2 ? d : n,
-                     .k = i == 2 ? n : d,
-                     .group_size = form.group_size,
-                     .bits = form.bits};
-      next += quantized ? 3 : 1;
-    }
+    const LinearWeights gate = linear_weights(forms_[0], in, next, num_experts * n, d);
+    const LinearWeights up = linear_weights(forms_[1], in, next, num_experts * n, d);
+    const LinearWeights down = linear_weights(forms_[2], in, next, num_experts * d, n);
     mx::array hidden({static_cast<int>(in[1].size()), static_cast<int>(n)}, mx::float32, nullptr, {});
     hidden.set_data(mx::allocator::malloc(hidden.nbytes()));
     const MoeMlp op{.x = in[0].data<float>(),
                     .experts = in[1].data<std::int32_t>(),
                     .weights = in[2].data<float>(),
-                    .gate = matrices[0],
-                    .up = matrices[1],
-                    .down = matrices[2],
+                    .gate = gate,
+                    .up = up,
+                    .down = down,
                     .shared = next < in.size() ? in[next].data<float>() : nullptr,
                     .hidden = hidden.data<float>(),
                     .y = out.data<float>(),
@@ -143,7 +121,7 @@ class MoeMlpPrimitive : public mx::UnaryPrimitive {
   DEFINE_NAME(MoeMlp)
 
  private:
-  std::array<Form, 3> forms_;  // of gate, up and down
+  std::array<WeightForm, 3> forms_;  // of gate, up and down
 };
 
 // Throws unless the matrices are [num_experts, n, k].
@@ -172,6 +150,9 @@ void check_matrix(const char* name, const ExpertMatrix& matrix, int num_experts,
   }
   if ((matrix.mode == "affine") != matrix.biases.has_value()) {
     op_error(kMlp, name, " must have biases in the mode affine and no other but got the mode ", matrix.mode);
+  }
+  if (matrix.mode != "affine" && matrix.scales->dtype() != mx::uint8) {
+    op_error(kMlp, "scales of ", name, " must be uint8 in the mode ", matrix.mode, " but got ", matrix.scales->dtype());
   }
 }
 
@@ -229,20 +210,24 @@ mx::array moe_mlp(const mx::array& x, const mx::array& experts, const mx::array&
   if (stream.device == mx::Device::gpu) {
     return moe_mlp_gpu(x, experts, weights, gate, up, down, shared, stream);
   }
-  if (!has_kernel(gate, d) || !has_kernel(up, d) || !has_kernel(down, n)) {
+  const auto gate_form = form_of(gate, d), up_form = form_of(up, d), down_form = form_of(down, n);
+  if (!gate_form || !up_form || !down_form) {
     return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, stream);
   }
   std::vector<mx::array> inputs{mx::astype(x, mx::float32, stream), experts, weights};
   for (const ExpertMatrix* matrix : {&gate, &up, &down}) {
     inputs.push_back(matrix->weight);
     if (matrix->scales) {
-      inputs.insert(inputs.end(), {*matrix->scales, *matrix->biases});
+      inputs.push_back(*matrix->scales);
+    }
+    if (matrix->biases) {
+      inputs.push_back(*matrix->biases);
     }
   }
   if (shared) {
     inputs.push_back(mx::astype(*shared, mx::float32, stream));
   }
-  const std::array<Form, 3> forms{form(gate), form(up), form(down)};
+  const std::array<WeightForm, 3> forms{*gate_form, *up_form, *down_form};
   const mx::array y(x.shape(), mx::float32, std::make_shared<MoeMlpPrimitive>(stream, forms), std::move(inputs));
   return mx::astype(y, x.dtype(), stream);
 }

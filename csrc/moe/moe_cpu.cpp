@@ -100,22 +100,12 @@ float* tiles(std::int64_t size) {
   return memory.data();
 }
 
-// y [rows, end - begin]: the segment's rows of x times columns [begin, end) of its expert's matrix.
-void expert_tile(const float* x, const std::int32_t* x_rows, const Segment& segment, const ExpertWeights& matrix,
-                 std::int64_t begin, std::int64_t end, float* y, const LinearKernels& kernels) {
-  const std::int64_t column = segment.expert * matrix.n + begin, groups = matrix.k / std::max(matrix.group_size, 1);
-  quantized_linear_tile({.x = x,
-                         .weight = matrix.weight + column * matrix.k * matrix.bits / 8,
-                         .scales = matrix.scales == nullptr ? nullptr : matrix.scales + column * groups,
-                         .biases = matrix.biases == nullptr ? nullptr : matrix.biases + column * groups,
-                         .y = y,
-                         .rows = segment.rows,
-                         .n = end - begin,
-                         .k = matrix.k,
-                         .group_size = matrix.group_size,
-                         .bits = matrix.bits,
-                         .x_rows = x_rows},
-                        kernels);
+// y [rows, end - begin]: the segment's rows of x times rows [begin, end) of its expert's matrix, which has n.
+void expert_tile(const float* x, const std::int32_t* x_rows, const Segment& segment, const LinearWeights& matrix,
+                 std::int64_t n, std::int64_t begin, std::int64_t end, float* y, const LinearKernels& kernels) {
+  const std::int64_t first = segment.expert * n;
+  quantized_linear_tile(
+      {.x = x, .w = matrix.rows(first + begin, first + end), .y = y, .rows = segment.rows, .x_rows = x_rows}, kernels);
 }
 
 // Columns [begin, end) of a segment's rows of hidden = silu(gate(x)) * up(x)
@@ -125,12 +115,12 @@ void hidden_tile(const MoeMlp& op, const Rows& rows, const Segment& segment, std
   float* gate = tiles(2 * segment.rows * columns);
   float* up = gate + segment.rows * columns;
   const std::int32_t* tokens = rows.tokens.data() + segment.begin;
-  expert_tile(op.x, tokens, segment, op.gate, begin, end, gate, linear);
-  expert_tile(op.x, tokens, segment, op.up, begin, end, up, linear);
+  expert_tile(op.x, tokens, segment, op.gate, op.hidden_features(), begin, end, gate, linear);
+  expert_tile(op.x, tokens, segment, op.up, op.hidden_features(), begin, end, up, linear);
   for (std::int64_t row = 0; row < segment.rows; ++row) {
     elementwise.silu_mul({.gate = gate + row * columns,
                           .up = up + row * columns,
-                          .y = op.hidden + (segment.begin + row) * op.gate.n + begin,
+                          .y = op.hidden + (segment.begin + row) * op.hidden_features() + begin,
                           .size = columns});
   }
 }
@@ -138,7 +128,7 @@ void hidden_tile(const MoeMlp& op, const Rows& rows, const Segment& segment, std
 // Columns [begin, end) of y. One thread adds up all experts: no two write to one place.
 void output_tile(const MoeMlp& op, const Rows& rows, std::int64_t begin, std::int64_t end,
                  const LinearKernels& linear) {
-  const std::int64_t columns = end - begin, d = op.down.n;
+  const std::int64_t columns = end - begin, d = op.d();
   for (std::int64_t token = 0; token < op.tokens; ++token) {
     float* y = op.y + token * d + begin;
     if (op.shared == nullptr) {
@@ -149,7 +139,7 @@ void output_tile(const MoeMlp& op, const Rows& rows, std::int64_t begin, std::in
   }
   float* tile = tiles(kSegmentRows * columns);
   for (const Segment& segment : rows.segments) {
-    expert_tile(op.hidden + segment.begin * op.down.k, nullptr, segment, op.down, begin, end, tile, linear);
+    expert_tile(op.hidden + segment.begin * op.down.k, nullptr, segment, op.down, d, begin, end, tile, linear);
     for (std::int64_t row = 0; row < segment.rows; ++row) {
       const auto i = static_cast<std::size_t>(segment.begin + row);
       float* y = op.y + rows.tokens[i] * d + begin;
@@ -174,7 +164,7 @@ void route(const Route& op, ThreadPool& pool) {
 void moe_mlp(const MoeMlp& op, ThreadPool& pool, const LinearKernels& linear, const ElementwiseKernels& elementwise) {
   const Rows rows = group_by_expert(op);
   const auto num_segments = static_cast<std::int64_t>(rows.segments.size());
-  const std::int64_t n = op.gate.n, d = op.down.n;
+  const std::int64_t n = op.hidden_features(), d = op.d();
 
   const std::int64_t hidden_columns = panel_columns(n * num_segments, op.gate.k, pool.num_threads());
   const std::int64_t tiles_per_segment = (n + hidden_columns - 1) / hidden_columns;

@@ -21,24 +21,19 @@ struct Route {
 
 void route(const Route& op, ThreadPool& pool);
 
-// The matrices [n, k] of all experts, one after the other, in the forms of QuantizedLinear.
-struct ExpertWeights {
-  const std::uint8_t* weight;
-  const float *scales, *biases;
-  std::int64_t n, k;
-  int group_size, bits;
-};
-
 struct MoeMlp {
   const float* x;               // [tokens, d]
   const std::int32_t* experts;  // [tokens, top_k], each in [0, num_experts)
   const float* weights;         // [tokens, top_k]
-  ExpertWeights gate, up;       // n = hidden features, k = d
-  ExpertWeights down;           // n = d, k = hidden features
+  LinearWeights gate, up;       // of all experts, one after the other: n = num_experts * hidden features, k = d
+  LinearWeights down;           // n = num_experts * d, k = hidden features
   const float* shared;          // [tokens, d] or null
   float* hidden;                // [tokens * top_k, hidden features], scratch memory
   float* y;                     // [tokens, d]
   std::int64_t tokens, top_k, num_experts;
+
+  std::int64_t d() const { return gate.k; }
+  std::int64_t hidden_features() const { return down.k; }
 };
 
 void moe_mlp(const MoeMlp& op, ThreadPool& pool, const LinearKernels& linear = *linear_kernels()[0],

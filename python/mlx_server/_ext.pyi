@@ -116,7 +116,9 @@ def gated_delta(qkv: mlx.core.array, conv_weight: mlx.core.array, a: mlx.core.ar
 def gated_delta_fallback(qkv: mlx.core.array, conv_weight: mlx.core.array, a: mlx.core.array, b: mlx.core.array, a_log: mlx.core.array, dt_bias: mlx.core.array, conv_state: mlx.core.array, state: mlx.core.array, *, slots: mlx.core.array, query_lens: Sequence[int], fresh: Sequence[bool], num_key_heads: int, key_head_dim: int) -> tuple[mlx.core.array, mlx.core.array, mlx.core.array]:
     """The specification of `gated_delta` in MLX's own ops, for tests."""
 
-def quantized_linear(x: mlx.core.array, weight: mlx.core.array, scales: mlx.core.array, biases: mlx.core.array, *, group_size: int, bits: int) -> mlx.core.array: ...
+def linear(x: mlx.core.array, weight: mlx.core.array) -> mlx.core.array: ...
+
+def quantized_linear(x: mlx.core.array, weight: mlx.core.array, scales: mlx.core.array, biases: mlx.core.array | None, *, group_size: int, bits: int, mode: str) -> mlx.core.array: ...
 
 class ExpertMatrix:
     """

@@ -10,8 +10,8 @@
 
 namespace {
 
-using mlx_server::ExpertWeights;
 using mlx_server::LinearKernels;
+using mlx_server::LinearWeights;
 using mlx_server::ThreadPool;
 using Floats = std::vector<float>;
 
@@ -45,7 +45,7 @@ struct Matrices {
     biases = random_floats(num_experts * n * k / group_size, rng);
   }
 
-  ExpertWeights weights() const { return {weight.data(), scales.data(), biases.data(), n, k, group_size, bits}; }
+  LinearWeights weights() const { return {weight.data(), scales.data(), biases.data(), n, k, group_size, bits}; }
 
   double element(std::int64_t at) const {
     const auto i = static_cast<std::size_t>(at);

@@ -1,13 +1,13 @@
-"""`quantized_linear` against a NumPy oracle and against its fallback, MLX's `quantized_matmul`."""
+"""`linear` and `quantized_linear` against NumPy and against MLX's `quantized_matmul`."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_server.ops.linear import quantized_linear
+from mlx_server.ops.linear import linear, quantized_linear
 from reference.linear import quantized_linear as oracle
 
 
@@ -102,13 +102,73 @@ def test_half_precision(dtype: mx.Dtype, tolerance: float) -> None:
     assert Weight((weight.arrays[0], scales, biases), 32, 4).linear(make_x(5, 64)).dtype == mx.float32
 
 
+FLOAT_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+
+
+@pytest.fixture(params=FLOAT_MODES)
+def how(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A floating point form, as the arguments of MLX's functions and ours."""
+    group_size, bits = FLOAT_MODES[request.param]
+    return {"group_size": group_size, "bits": bits, "mode": request.param}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_floating_point_forms(rows: int, how: dict[str, Any]) -> None:
+    weight, scales = mx.quantize(make_x(75, 96), **how, stream=mx.cpu)[:2]
+    dense = mx.dequantize(weight, scales, **how, dtype=mx.float32, stream=mx.cpu)
+    x = make_x(rows, 96)
+    assert_close(quantized_linear(x, weight, scales, **how), np.array(x, np.float64) @ np.array(dense).T)
+
+
+def test_every_code_of_a_floating_point_form(how: dict[str, Any]) -> None:
+    """Bit for bit what MLX dequantizes; rows of the identity pick out the weights. NaN's codes are nobody's."""
+    with mx.stream(mx.cpu):
+        rng = np.random.default_rng(0)
+        weight = mx.array(rng.integers(0, 256, (256, 32 * how["bits"] // 8), np.uint8)).view(mx.uint32)
+        weight = mx.where(how["bits"] == 8, weight & 0xBFBFBFBF, weight)
+        codes = mx.arange(256, dtype=mx.uint8)  # e4m3 has NaN at 127 and 255, e8m0 at 255
+        codes = mx.where((codes & 127) == 127, 0, codes) if how["group_size"] == 16 else mx.minimum(codes, 200)
+        scales = mx.broadcast_to(codes[:, None], (256, 32 // how["group_size"]))
+        dense = mx.dequantize(weight, scales, **how, dtype=mx.float32)
+        for x in (mx.eye(32)[:1], mx.eye(32)):
+            assert mx.array_equal(quantized_linear(x, weight, scales, **how), (dense.T)[: len(x)])
+
+
+def test_a_row_of_a_floating_point_form_does_not_depend_on_the_rows_beside_it(how: dict[str, Any]) -> None:
+    with mx.stream(mx.cpu):
+        arrays, x = mx.quantize(make_x(70, 576), **how), make_x(50, 576)
+        alone = mx.concatenate([quantized_linear(x[i : i + 1], *arrays, **how) for i in range(50)])
+        for rows in (1, 2, 3, 5, 8, 33, 50):
+            assert mx.array_equal(quantized_linear(x[:rows], *arrays, **how), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("n, k", [(70, 576), (33, 64), (9, 50), (1, 32)])
+def test_plain_weights(n: int, k: int) -> None:
+    weight, x = make_x(n, k), make_x(3, 4, k)
+    assert_close(linear(x, weight), np.array(x, np.float64) @ np.array(weight).T)
+    assert_close(linear(x[:, :, ::-1], weight[:, ::-1]), np.array(x, np.float64) @ np.array(weight).T)
+    assert linear(x[:0], weight).shape == (0, 4, n)
+    half = linear(x.astype(mx.float16), weight.astype(mx.float16))
+    assert half.dtype == mx.float16
+    assert_close(half, np.array(x, np.float64) @ np.array(weight).T, 1e-2)
+
+
+def test_a_row_of_plain_weights_does_not_depend_on_the_rows_beside_it() -> None:
+    with mx.stream(mx.cpu):
+        weight, x = make_x(70, 576), make_x(200, 576)
+        alone = mx.concatenate([linear(x[i : i + 1], weight) for i in range(200)])
+        for rows in (1, 2, 3, 5, 8, 33, 200):
+            assert mx.array_equal(linear(x[:rows], weight), alone[:rows]), rows
+
+
 def test_mistakes_are_named() -> None:
     weight, scales, biases = make_weight(8, 64).arrays
     x = make_x(2, 64)
+    both = x, weight, scales, biases
 
-    def fails(message: str, *arrays: mx.array, group_size: int = 32, bits: int = 4) -> None:
+    def fails(message: str, *arrays: mx.array, group_size: int = 32, bits: int = 4, mode: str = "affine") -> None:
         with pytest.raises(ValueError, match=re.escape("[quantized_linear] " + message)):
-            quantized_linear(*arrays, group_size=group_size, bits=bits)
+            quantized_linear(*arrays, group_size=group_size, bits=bits, mode=mode)
 
     fails("x must be floating point [..., K] but got int32 (2,64)", x.astype(mx.int32), weight, scales, biases)
     fails("x must have the 64 columns of a 4-bit weight (8,8) but got (2,32)", x[:, :32], weight, scales, biases)
@@ -116,3 +176,12 @@ def test_mistakes_are_named() -> None:
     fails("group_size must be positive and bits in 1..8 but got 0 and 4", x, weight, scales, biases, group_size=0)
     fails("scales and biases must have the shape (8,1)", x, weight, scales, biases, group_size=64)
     fails("scales and biases must have one floating point dtype", x, weight, scales, biases.astype(mx.float16))
+    fails("there must be biases in the mode affine and no other but got the mode mxfp4", *both, mode="mxfp4")
+    fails("there must be biases in the mode affine and no other but got the mode affine", x, weight, scales)
+    fails("scales of the mode mxfp4 must be uint8 but got float32", x, weight, scales, mode="mxfp4")
+    for message, arrays in {
+        "weight must be floating point [N, K] but got uint32 (8,8)": (x, weight),
+        "x must be floating point [..., 2] but got float32 (2,64)": (x, scales),
+    }.items():
+        with pytest.raises(ValueError, match=re.escape("[linear] " + message)):
+            linear(*arrays)

@@ -194,7 +194,7 @@ def test_any_distribution_of_tokens(data):
     assert_close(y, np.array(experts(*arrays, shared=shared, op=_ext.moe_mlp_fallback)), 1e-5)
 
 
-@pytest.mark.parametrize("form", FAST_FORMS, ids=str)
+@pytest.mark.parametrize("form", FAST_FORMS + OTHER_FORMS, ids=str)
 def test_a_token_does_not_depend_on_the_tokens_beside_it(form):
     """Promised on the CPU; MLX's products on GPUs may depend on the number of rows."""
     with mx.stream(mx.cpu):

@@ -12,7 +12,7 @@ from mlx_server.models.quantize import Quantization
 from mlx_server.models.rope import RopeParameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul
-from mlx_server.ops.linear import quantized_linear
+from mlx_server.ops.linear import linear, quantized_linear
 from mlx_server.ops.norm import rms_norm
 from mlx_server.ops.rope import rope
 
@@ -25,7 +25,7 @@ class Matrix:
 
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
-        return x @ self.weight.T
+        return linear(x, self.weight)
 
     def rows(self, ids: mx.array) -> mx.array:
         """ids [T] -> [T, K]"""
@@ -51,9 +51,7 @@ class QuantizedMatrix:
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
         group_size, bits, mode = self.quantization.group_size, self.quantization.bits, self.quantization.mode
-        if self.biases is not None:
-            return quantized_linear(x, self.weight, self.scales, self.biases, group_size=group_size, bits=bits)
-        return mx.quantized_matmul(x, self.weight, self.scales, group_size=group_size, bits=bits, mode=mode)
+        return quantized_linear(x, self.weight, self.scales, self.biases, group_size=group_size, bits=bits, mode=mode)
 
     def rows(self, ids: mx.array) -> mx.array:
         """ids [T] -> [T, K]"""
