@@ -4,7 +4,7 @@ import pytest
 
 from engine.test_fairness import submit_all
 from engine.test_scheduler import make_core, make_submit
-from mlx_server.engine.pacing import GRANULE, MIN_TOKENS, SLOWDOWN, PrefillPacer
+from mlx_server.engine.pacing import FREE_STEP, GRANULE, MIN_TOKENS, SLOWDOWN, PrefillPacer
 
 
 def test_a_mixed_step_takes_about_the_allowed_time() -> None:
@@ -16,7 +16,7 @@ def test_a_mixed_step_takes_about_the_allowed_time() -> None:
 
     pacer.observe(8, 0, decode_s)
     assert pacer.max_prefill_tokens(8) == 64
-    for _ in range(30):
+    for _ in range(2 * FREE_STEP):
         num_tokens = pacer.max_prefill_tokens(8)
         pacer.observe(8, num_tokens, duration_s(num_tokens))
     num_tokens = pacer.max_prefill_tokens(8)
@@ -29,6 +29,16 @@ def test_prompts_always_go_on() -> None:
     pacer.observe(1, 0, 0.001)
     pacer.observe(0, 100, 100.0)
     assert pacer.max_prefill_tokens(1) == MIN_TOKENS
+
+
+def test_a_machine_that_becomes_slower_is_noticed_during_a_long_prompt() -> None:
+    """Else all of the slowness would be blamed on the prompt, which would stand still."""
+    pacer = PrefillPacer(default_tokens=64)
+    for slowness in (1, 10):
+        for _ in range(20 * FREE_STEP):
+            num_tokens = pacer.max_prefill_tokens(8)
+            pacer.observe(8, num_tokens, slowness * (0.030 + 0.0004 * num_tokens))
+        assert 48 <= pacer.max_prefill_tokens(8) <= 80
 
 
 def test_one_odd_step_changes_little() -> None:

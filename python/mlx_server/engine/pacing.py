@@ -1,9 +1,10 @@
 """How many prompt tokens may share a step with decodes, so that a long prompt does not make other streams stutter."""
 
 SLOWDOWN = 2.0  # a step with a part of a prompt may take so many times what its decodes alone take
-MIN_TOKENS = 16  # prompts go on, however slow the device
-GRANULE = 16  # tokens: whole blocks, and few different shapes
+MIN_TOKENS = 2  # prompts go on, however slow the device: a token far behind in a long prompt costs many decodes
+GRANULE = 16  # of more tokens than that: whole blocks, and few different shapes
 WEIGHT = 0.25  # of the newest observation
+FREE_STEP = 16  # each such step beside decodes is without prompts, so that the time of decodes stays known
 
 
 class PrefillPacer:
@@ -16,24 +17,28 @@ class PrefillPacer:
         self._default_tokens = default_tokens
         self._decode_s: dict[int, float] = {}  # by the bits in the number of decodes
         self._prefill_token_s: float | None = None
+        self._num_steps = 0
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, duration_s: float) -> None:
         """A step has taken `duration_s`."""
         if num_prefill_tokens == 0:
             key = num_decodes.bit_length()
             self._decode_s[key] = _blend(self._decode_s.get(key), duration_s)
-        elif num_prefill_tokens >= MIN_TOKENS:
+        else:
             decode_s = (self._expected_decode_s(num_decodes) or 0.0) if num_decodes else 0.0
             per_token_s = max(duration_s - decode_s, 0.1 * duration_s) / num_prefill_tokens
             self._prefill_token_s = _blend(self._prefill_token_s, per_token_s)
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
-        """How many prompt tokens may go beside `num_decodes` (at least one) decodes."""
+        """How many prompt tokens may go into the next step, beside `num_decodes` (at least one) decodes."""
+        self._num_steps += 1
+        if self._num_steps % FREE_STEP == 0:
+            return 0
         decode_s = self._expected_decode_s(num_decodes)
         if decode_s is None or self._prefill_token_s is None:
             return self._default_tokens
         num_tokens = int((SLOWDOWN - 1) * decode_s / self._prefill_token_s)
-        return max(num_tokens // GRANULE * GRANULE, MIN_TOKENS)
+        return max(num_tokens if num_tokens < GRANULE else num_tokens // GRANULE * GRANULE, MIN_TOKENS)
 
     def _expected_decode_s(self, num_decodes: int) -> float | None:
         """Of the closest number of decodes that has been seen."""
