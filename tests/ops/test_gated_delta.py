@@ -85,13 +85,21 @@ def test_ragged_batch_with_fresh_rows(op: Op) -> None:
 
 
 @OPS
+def test_prompts_of_many_lengths(op: Op) -> None:
+    Case([65, 9, 64, 128, 10], [True, False, False, True, False]).check(op)
+
+
+@OPS
 @pytest.mark.parametrize("key_heads, heads", [(1, 1), (1, 3), (4, 4), (2, 8)])
 def test_heads(op: Op, key_heads: int, heads: int) -> None:
     Case([1, 20], key_heads=key_heads, heads=heads).check(op)
 
 
 @OPS
-@pytest.mark.parametrize("key_dim, value_dim", [(128, 128), (64, 64), (64, 32), (32, 96), (16, 8), (20, 12), (5, 3)])
+@pytest.mark.parametrize(
+    "key_dim, value_dim",
+    [(128, 128), (64, 64), (64, 32), (32, 96), (16, 8), (48, 36), (144, 16), (20, 12), (5, 3)],
+)
 def test_head_sizes(op: Op, key_dim: int, value_dim: int) -> None:
     Case([1, 67], key_dim=key_dim, value_dim=value_dim).check(op)
 
