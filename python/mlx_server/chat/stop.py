@@ -13,27 +13,33 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str) -> str:
-        """Take the next piece of text; returns what may be shown now. Sets `stopped` at a stop string."""
+        """Take the next piece of text; returns what may be shown now. Sets `found` at a stop string."""
         if not self._matchers:
             return text
         pending = self._held + text
         for index, character in enumerate(text, len(self._held) + 1):
-            complete = [matcher.length for matcher in self._matchers if matcher.advance(character)]
+            complete = [matcher.stop for matcher in self._matchers if matcher.advance(character)]
             if complete:
-                self.stopped = True
+                self.found = max(complete, key=len)
                 self._held = ""
-                return pending[: index - max(complete)]
+                return pending[: index - len(self.found)]
         num_held = max(matcher.matched for matcher in self._matchers)
         shown = len(pending) - num_held
         self._held = pending[shown:]
         return pending[:shown]
 
     def flush(self) -> str:
-        """What was held back when the text ends without a stop string."""
+        """What was held back when the text ends, or is interrupted, without a stop string."""
         held, self._held = self._held, ""
+        for matcher in self._matchers:
+            matcher.matched = 0
         return held
 
 
@@ -41,9 +47,8 @@ class _Matcher:
     """Knuth, Morris and Pratt's matcher: how much of the beginning of one stop string the text so far ends with."""
 
     def __init__(self, stop: str) -> None:
-        self.length = len(stop)
+        self.stop = stop
         self.matched = 0
-        self._stop = stop
         self._borders = [0]  # of each prefix: the length of its longest proper suffix that is a prefix too
         for character in stop[1:]:
             self._borders.append(self._extend(self._borders[-1], character))
@@ -51,9 +56,9 @@ class _Matcher:
     def advance(self, character: str) -> bool:
         """Whether the stop string is complete with this character."""
         self.matched = self._extend(self.matched, character)
-        return self.matched == self.length
+        return self.matched == len(self.stop)
 
     def _extend(self, matched: int, character: str) -> int:
-        while matched and self._stop[matched] != character:
+        while matched and self.stop[matched] != character:
             matched = self._borders[matched - 1]
-        return matched + 1 if self._stop[matched] == character else 0
+        return matched + 1 if self.stop[matched] == character else 0

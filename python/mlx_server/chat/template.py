@@ -39,10 +39,17 @@ class ChatTemplate:
         eos_token: str | None = None,
         escape: Callable[[str], str] = str,
     ) -> None:
+        self.source = (source or "") + (tool_source or "")
         self._escape = escape
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
         self._for_text = None if source is None else _Template(source, self._tokens)
         self._for_tools = self._for_text if tool_source is None else _Template(tool_source, self._tokens, [_PROBE_TOOL])
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the templates read."""
+        templates = [template for template in (self._for_text, self._for_tools) if template is not None]
+        return frozenset().union(*(template.variables for template in templates))
 
     def render(
         self,
@@ -98,6 +105,10 @@ class _Template:
             if fault is None:
                 return
         raise ModelLoadError(f"the model's chat template can't render a user's message: {fault}")
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return self._program.variables
 
     def check_kwargs(self, kwargs: Mapping[str, Scalar]) -> None:
         """InvalidRequestError unless the template reads all these variables, and they are left to the caller."""

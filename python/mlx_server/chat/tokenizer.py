@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -10,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
 from mlx_server.chat.template_source import TemplateSource, templates_of_directory, templates_of_gguf
+from mlx_server.chat.token_bytes import TokenBytes
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.json_file import JsonObject, read_optional_json
 from mlx_server.checkpoint.model_config import (
@@ -65,7 +66,10 @@ class Tokenizer:
         ids = {tokenizer.token_to_id(token) for token in [*ends, *([] if eos_token is None else [eos_token])]}
         reachable = {token_id for token_id in ids if token_id is not None and token_id < self._num_embeddings}
         self.end_token_ids = sorted({*end_token_ids, *reachable})
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        added = tokenizer.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._token_bytes = TokenBytes(tokenizer)
         self._escapable = [*sorted(special, key=len, reverse=True), _OPEN, _CLOSE]
         self._escape_index = {text: i for i, text in enumerate(self._escapable)}
         self._escape_pattern = re.compile("|".join(map(re.escape, self._escapable)))
@@ -114,9 +118,22 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
-        """Decodes one answer, token by token."""
-        return TextStream(self._tokenizer, skip_special_tokens)
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is `text`, if there is one."""
+        return self._tokenizer.token_to_id(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, which may be part of a character; empty for an id without a token."""
+        return self._token_bytes(token_id)
+
+    def stream(self, *, after: Sequence[int] = (), keep: Collection[str] = ()) -> "TextStream":
+        """Decodes one answer, token by token; special tokens have no text, but for those to `keep`.
+
+        Args:
+            after: the last tokens of the text that the answer continues, which tell whether a space begins it.
+        """
+        skipped_ids = self._special_ids - {self._tokenizer.token_to_id(token) for token in keep}
+        return TextStream(self._tokenizer, skipped_ids, [token_id for token_id in after if token_id not in skipped_ids])
 
 
 class TextStream:
@@ -125,15 +142,17 @@ class TextStream:
     # A character has at most 4 bytes; a much longer wait means that the bytes are no UTF-8.
     MAX_PENDING = 16
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skipped_ids: Collection[int], after: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._context: list[int] = []  # tokens of the last text that was given: leading spaces depend on them
+        self._skipped_ids = skipped_ids
+        self._stream = DecodeStream(after, skip_special_tokens=False)
+        self._context = after  # tokens of the last text that was given: leading spaces depend on them
         self._pending: list[int] = []  # tokens whose text was not given yet
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; often one word, sometimes nothing."""
+        if token_id in self._skipped_ids:
+            return ""
         self._pending.append(token_id)
         text = self._stream.step(self._tokenizer, token_id)
         if text is not None:
@@ -147,11 +166,11 @@ class TextStream:
         text = self._decode(self._context + self._pending)[len(before) :]
         if self._pending:
             self._context, self._pending = self._pending, []
-            self._stream = DecodeStream(self._context, skip_special_tokens=self._skip_special_tokens)
+            self._stream = DecodeStream(self._context, skip_special_tokens=False)
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _load_gguf(path: Path) -> Tokenizer:
