@@ -2,10 +2,11 @@
 
 import codecs
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,19 @@ from mlx_server.wire import (
     GetMetrics,
     Hello,
     Metrics,
+    Progress,
     RequestOutput,
     StepOutput,
     Submit,
+    Timings,
+    TokenLogprobs,
     Tokens,
 )
 
 Post = Callable[..., falcon.testing.Result]  # a fixture: posts a chat completion request with the fields given
 
 END = 256  # the end token; 0…255 are the bytes
+TIMINGS = Timings(0.25, 0.5, 1.0)
 Script = Callable[[Submit], Iterator[RequestOutput | None]]  # an output a step; None: nothing in this step
 
 
@@ -49,19 +54,42 @@ def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
         time.sleep(0.002)
 
 
-def answer(text: str | bytes = "Hello!") -> Script:
+def answer(text: str | bytes = "Hello!", *, num_cached: int = 0, timings: Timings = TIMINGS) -> Script:
     """Each byte of the text as a token of its own, then the end; cut at the request's max_tokens."""
     data = text.encode() if isinstance(text, str) else text
 
     def script(submit: Submit) -> Iterator[RequestOutput]:
+        num_prompt = len(submit.prompt_token_ids)
+        if submit.progress:
+            yield Progress(submit.request_id, num_prompt, num_cached, num_prompt)
         token_ids = [*data, END][: submit.max_tokens]
-        ended = token_ids[-1] == END
+        ended = token_ids[-1:] == [END]
+        prompt = scores(submit.prompt_token_ids[1:], submit.prompt_logprobs)
         for token_id in token_ids[:-1]:
-            yield Tokens(submit.request_id, [token_id])
+            yield Tokens(submit.request_id, [token_id], scores([token_id], submit.sampling.logprobs), prompt)
+            prompt = None
         last = [] if ended else token_ids[-1:]
-        yield Finished(submit.request_id, last, "stop" if ended else "length", 0, len(token_ids))
+        yield Finished(
+            submit.request_id,
+            last,
+            "stop" if ended else "length",
+            num_cached,
+            len(token_ids),
+            logprobs=scores(last, submit.sampling.logprobs),
+            prompt_logprobs=prompt,
+            timings=timings,
+        )
 
     return script
+
+
+def scores(token_ids: Sequence[int], num_top: int | None) -> list[TokenLogprobs] | None:
+    """Of each token: log-probability -id / 100; the likeliest are it and the ids after it."""
+    if num_top is None:
+        return None
+    return [
+        TokenLogprobs(-i / 100, [*range(i, i + num_top)], [-i / 100 - k for k in range(num_top)]) for i in token_ids
+    ]
 
 
 def endless(submit: Submit) -> Iterator[RequestOutput]:
@@ -167,22 +195,48 @@ class ByteStream:
 class ByteTokenizer:
     """One token a byte."""
 
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
     def encode_chat(self, rendered: str) -> list[int]:
         return list(rendered.encode())
 
-    def stream(self) -> ByteStream:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def token_id(self, text: str) -> int | None:
+        return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < END else b""
+
+    def stream(self, *, after: Sequence[int] = (), keep: Collection[str] = ()) -> ByteStream:
         return ByteStream()
 
 
 class PlainTemplate:
-    """`role: content` lines."""
+    """`role: content` lines, after one with the names of the tools."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, template_kwargs: Mapping[str, Any]) -> str:
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    source = ""
+    variables = frozenset({"tools"})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        names = [tool["function"]["name"] for tool in tools or ()]
+        head = f"tools: {', '.join(names)}\n" if names else ""
+        return head + "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
-def fake_model(name: str = "org/tiny") -> ServedModel:
-    return ServedModel(name, ByteTokenizer(), PlainTemplate(), [END], SamplingParams(temperature=0.5, top_k=7))
+def fake_model(name: str = "org/tiny", **changes: Any) -> ServedModel:
+    """Tool calls in Hermes' form, no thoughts."""
+    model = ServedModel(name, ByteTokenizer(), PlainTemplate(), [END], SamplingParams(temperature=0.5, top_k=7))
+    return dataclasses.replace(model, **changes)
 
 
 def fake_deps(engine: EngineClient, **changes: Any) -> Deps:

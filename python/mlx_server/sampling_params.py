@@ -15,3 +15,5 @@ class SamplingParams(msgspec.Struct, frozen=True):
     top_p: float = 1.0  # (0, 1]: keep the smallest set of most likely tokens whose probability reaches p
     min_p: float = 0.0  # [0, 1]: keep tokens with at least min_p times the probability of the most likely one
     seed: int = 0  # uint64
+    min_tokens: int = 0  # end tokens are forbidden before so many tokens
+    logprobs: int | None = None  # log-probabilities of the token (0) and of the N likeliest

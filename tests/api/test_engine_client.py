@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import zmq
 
-from fake_engine import END, Backend, FakeEngine, answer, endless, silent, until
+from fake_engine import END, TIMINGS, Backend, FakeEngine, answer, endless, silent, until
 from mlx_server.engine_client import EngineClient, EngineStream
 from mlx_server.errors import OverloadedError
 from mlx_server.sampling_params import SamplingParams
@@ -74,7 +74,7 @@ def test_outputs_reach_their_stream_in_order(backend: Backend) -> None:
     assert outputs == [
         Tokens(request_id, [ord("H")]),
         Tokens(request_id, [ord("i")]),
-        Finished(request_id, [], "stop", 0, 3),
+        Finished(request_id, [], "stop", 0, 3, timings=TIMINGS),
     ]
 
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from fake_engine import END, Backend, answer, endless, failing, fake_model, silent, until
+from fake_engine import END, TIMINGS, Backend, answer, endless, failing, fake_model, silent, until
 from mlx_server.chat.generation import Generation
 from mlx_server.chat.types import ChatMessage, ChatRequest, Done, TextDelta, Usage
 from mlx_server.errors import GenerationError, InvalidRequestError, OverloadedError, RequestTimeoutError
@@ -31,7 +31,7 @@ def test_an_answer_is_text_and_then_done(backend: Backend) -> None:
     backend.engine.script = answer("Hello, Wörld 😀!")
     text, done = collect(start(backend))
     assert text == "Hello, Wörld 😀!"
-    assert done == Done("stop", Usage(len(PROMPT), len(text.encode()) + 1))
+    assert done == Done("stop", Usage(len(PROMPT), len(text.encode()) + 1), timings=TIMINGS)
 
 
 def test_the_engine_gets_what_was_asked_for(backend: Backend) -> None:
@@ -59,7 +59,10 @@ def test_tokens_of_one_step_are_one_delta(backend: Backend) -> None:
         yield Finished(submit.request_id, list(b"two"), "length", 3, 7)
 
     backend.engine.script = script
-    assert list(start(backend)) == [TextDelta("one "), TextDelta("two"), Done("length", Usage(len(PROMPT), 7, 3))]
+    *deltas, done = start(backend)
+    assert deltas == [TextDelta("one "), TextDelta("two")]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.usage) == ("length", Usage(len(PROMPT), 7, 3))
 
 
 @pytest.mark.parametrize("stop", ["STOP", "T", "OP!", "S"])
