@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from checkpoint.fake_hub import COMMIT, FakeHub, running
 from checkpoint.recorder import Recorder
+from mlx_server.chat.template_source import TemplateSource, templates_of_directory
 from mlx_server.checkpoint import hub as hub_module
 from mlx_server.checkpoint.hub import fetch_from_hub
 from mlx_server.checkpoint.progress import NoProgress
@@ -21,6 +22,7 @@ FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
     "model-00001-of-00002.safetensors": WEIGHTS[:200_000],
     "model-00002-of-00002.safetensors": WEIGHTS[200_000:],
     "model.safetensors.index.json": b'{"weight_map": {}}',
@@ -31,6 +33,8 @@ OTHERS = {
     "pytorch_model.bin": b"x" * 2000,
     "consolidated.safetensors": b"x" * 2000,
     "onnx/config.json": b"{}",
+    "onnx/chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/rag.jinja": b"{{ documents }}",
     "original/model.safetensors": b"x" * 2000,
 }
 
@@ -54,7 +58,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def contents(snapshot: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    files = (path for path in snapshot.rglob("*") if path.is_file())
+    return {path.relative_to(snapshot).as_posix(): path.read_bytes() for path in files}
 
 
 def leftovers() -> list[str]:
@@ -77,6 +82,11 @@ def test_downloads_what_is_needed_and_nothing_else(hub):
     assert progress.tasks == [("Downloading org/model", size, 0)]
     assert progress.done_bytes == size
     assert leftovers() == []
+
+
+def test_a_downloaded_model_has_its_template_for_tools(hub):
+    templates = templates_of_directory(fetch_from_hub("org/model", NoProgress()), {})
+    assert templates == TemplateSource(default="{{ messages }}", tool_use="{{ tools }}")
 
 
 def test_a_second_start_asks_only_whether_there_is_a_newer_version(hub):

@@ -19,8 +19,9 @@ class TemplateSource(NamedTuple):
 
 
 def templates_of_directory(directory: Path, tokenizer_config: JsonObject) -> TemplateSource:
-    """chat_template.jinja with additional_chat_templates/*.jinja, else chat_template.json, else tokenizer_config.json.
+    """chat_template.jinja and additional_chat_templates/tool_use.jinja, else what JSON files hold.
 
+    Of these chat_template.json goes before tokenizer_config.json.
     ModelLoadError if the first of them that there is holds no template.
     """
     path = directory / "chat_template.jinja"

@@ -48,8 +48,9 @@ WANTED = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
-UNWANTED = ("*/*", "consolidated*")  # other forms of the same weights
+UNWANTED = ("*/*.safetensors", "consolidated*")  # other forms of the same weights
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 RETRY_STATUS_CODES = (408, 429, 500, 502, 503, 504)
@@ -240,7 +241,8 @@ def _link(model_id: str, commit: str, files: list[_File]) -> Path:
         link = snapshot / file.name
         if not link.exists():
             link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(file.blob, snapshot))
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(file.blob, link.parent))
     ref = _folder(model_id) / "refs" / "main"
     if not ref.exists() or ref.read_text() != commit:
         ref.parent.mkdir(exist_ok=True)
