@@ -19,7 +19,7 @@ from mlx_server.engine.warm_up import warm_up
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mlx_server.engine")  # __name__ is "__main__" here
 
 EXIT_MODEL_ERROR = 2
 
