@@ -24,11 +24,15 @@ constexpr std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> c
   return counter;
 }
 
-// Uniform in [0, 1) with 24 bits, which float32 holds exactly.
-constexpr float philox_uniform(std::uint64_t seed, std::uint32_t position) {
-  const auto words =
-      philox4x32({position, 0, 0, 0}, {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
-  return static_cast<float>(words[0] >> 8) * 0x1p-24f;
+// What a seed and a position give: uniform in [0, 1) with 24 bits, which float32 holds exactly.
+struct Uniforms {
+  float draw;  // decides which token
+  float xtc;   // decides whether XTC applies
+};
+
+constexpr Uniforms philox_uniforms(std::array<std::uint32_t, 2> seed, std::uint32_t position) {
+  const auto words = philox4x32({position, 0, 0, 0}, seed);
+  return {static_cast<float>(words[0] >> 8) * 0x1p-24f, static_cast<float>(words[1] >> 8) * 0x1p-24f};
 }
 
 }  // namespace mlx_server

@@ -12,9 +12,11 @@ namespace mlx_server {
 using Key = std::int32_t;
 inline constexpr Key kKeyEnd = 0x7f800001;  // above the key of -infinity
 
-// Arrays of keys and weights have a multiple of this many elements. Padding is never kept: key kKeyEnd, weight 0.
-inline constexpr std::size_t kRowPadding = 512;
-constexpr std::size_t padded(std::size_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
+// A row is looked at in blocks of this many tokens. Arrays of keys and weights have whole blocks; padding is never
+// kept: key kKeyEnd, weight 0.
+inline constexpr std::size_t kBlock = 256;
+constexpr std::size_t num_blocks(std::size_t n) { return (n + kBlock - 1) / kBlock; }
+constexpr std::size_t padded(std::size_t n) { return num_blocks(n) * kBlock; }
 
 struct RowMax {
   float value;  // NaN left out
@@ -26,12 +28,26 @@ struct Mass {
   double weight;
 };
 
+// Of max - logit, over the logits that are finite.
+struct Moments {
+  std::int64_t count;
+  double sum, sum_of_squares;
+};
+
 struct RowKernels {
   const char* name;
-  // Over n logits.
-  RowMax (*max)(const float* logits, std::size_t n);
+  // Over n logits, and over each of their blocks.
+  RowMax (*max)(const float* logits, std::size_t n, float* block_maxima);
+  // Copies n logits, those whose bit in mask (null: all bits are set) is 0 as -infinity.
+  void (*copy_allowed)(const float* logits, const std::uint32_t* mask, std::size_t n, float* out);
   // First index of `value`, which is one of the n logits.
   std::size_t (*find)(const float* logits, std::size_t n, float value);
+  // The logits that are at least `lowest`, in order, and their ids, with room for n; their number.
+  std::size_t (*at_least)(const float* logits, std::size_t n, const float* block_maxima, float lowest,
+                          std::int32_t* ids, float* values);
+  // Sum of exp(scaled) of each block of n logits.
+  void (*weigh)(const float* logits, std::size_t n, float max, float temperature, float* block_weights);
+  Moments (*moments)(const float* logits, std::size_t n, float max);
   // Keys and weights exp(scaled) of n logits, and their padding.
   void (*scale)(const float* logits, std::size_t n, float max, float temperature, Key* keys, float* weights);
   // Number and weight of the tokens with key < end; n is padded.

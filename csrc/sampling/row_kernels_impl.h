@@ -10,26 +10,82 @@ namespace mlx_server {
 
 namespace {
 
-RowMax max_of(const float* logits, std::size_t n) {
-  Floats best = Floats{} - std::numeric_limits<float>::infinity();
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// The next kLanes of n logits, -infinity beyond their end.
+inline void load_some(Floats& x, const float* logits, std::size_t n) {
+  if (n >= kLanes) {
+    load(x, logits);
+    return;
+  }
+  x = Floats{} + kMinusInfinity;
+  for (std::size_t lane = 0; lane < n; ++lane) {
+    x[lane] = logits[lane];
+  }
+}
+
+struct LaneMax {
+  Floats best = Floats{} + kMinusInfinity;
   Ints nan{};
-  std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Floats x;
-    load(x, logits + i);
+
+  void take(const Floats& x) {
     nan |= x != x;
     best = x > best ? x : best;
   }
-  RowMax result{-std::numeric_limits<float>::infinity(), false};
-  for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    result.value = best[lane] > result.value ? best[lane] : result.value;
-    result.has_nan |= nan[lane] != 0;
+};
+
+RowMax max_of_block(const float* logits, std::size_t n) {
+  LaneMax lanes[4];
+  Floats x;
+  std::size_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (std::size_t j = 0; j < 4; ++j) {
+      load(x, logits + i + j * kLanes);
+      lanes[j].take(x);
+    }
   }
-  for (; i < n; ++i) {
-    result.value = logits[i] > result.value ? logits[i] : result.value;
-    result.has_nan |= logits[i] != logits[i];
+  for (; i < n; i += kLanes) {
+    load_some(x, logits + i, n - i);
+    lanes[0].take(x);
+  }
+  RowMax result{kMinusInfinity, false};
+  for (const LaneMax& lane_max : lanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      result.value = lane_max.best[lane] > result.value ? lane_max.best[lane] : result.value;
+      result.has_nan |= lane_max.nan[lane] != 0;
+    }
   }
   return result;
+}
+
+RowMax max_of(const float* logits, std::size_t n, float* block_maxima) {
+  RowMax result{kMinusInfinity, false};
+  for (std::size_t begin = 0; begin < n; begin += kBlock) {
+    const RowMax block = max_of_block(logits + begin, n - begin < kBlock ? n - begin : kBlock);
+    *block_maxima++ = block.value;
+    result.value = block.value > result.value ? block.value : result.value;
+    result.has_nan |= block.has_nan;
+  }
+  return result;
+}
+
+void copy_allowed(const float* logits, const std::uint32_t* mask, std::size_t n, float* out) {
+  if (mask == nullptr) {
+    std::memcpy(out, logits, n * sizeof(float));
+    return;
+  }
+  const Ints bits{1, 2, 4, 8, 16, 32, 64, 128};
+  std::size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Ints byte = Ints{} + static_cast<std::int32_t>(mask[i / 32] >> i % 32 & 0xff);
+    Floats x;
+    load(x, logits + i);
+    x = (byte & bits) != 0 ? x : Floats{} + kMinusInfinity;
+    store(out + i, x);
+  }
+  for (; i < n; ++i) {
+    out[i] = (mask[i / 32] >> i % 32 & 1) != 0 ? logits[i] : kMinusInfinity;
+  }
 }
 
 std::size_t find_first(const float* logits, std::size_t n, float value) {
@@ -56,27 +112,89 @@ std::size_t find_first(const float* logits, std::size_t n, float value) {
   return i;
 }
 
-inline void scale_lanes(const float* logits, float max, float temperature, Key* keys, float* weights) {
-  Floats x;
-  load(x, logits);
+std::size_t at_least(const float* logits, std::size_t n, const float* block_maxima, float lowest, std::int32_t* ids,
+                     float* values) {
+  std::size_t count = 0;
+  for (std::size_t begin = 0; begin < n; begin += kBlock) {
+    if (*block_maxima++ < lowest) {
+      continue;
+    }
+    const std::size_t end = n - begin < kBlock ? n : begin + kBlock;
+    for (std::size_t i = begin; i < end; ++i) {
+      // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
+      ids[count] = static_cast<std::int32_t>(i);
+      values[count] = logits[i];
+      count += static_cast<std::size_t>(logits[i] >= lowest);
+    }
+  }
+  return count;
+}
+
+// x = exp((x - max) / temperature); keys beside it if they are asked for.
+inline void weigh_lanes(Floats& x, float max, float temperature, Key* keys) {
   x = (x - max) / temperature;
-  store(keys, (Ints)x & 0x7fffffff);
+  if (keys != nullptr) {
+    store(keys, (Ints)x & 0x7fffffff);
+  }
   exp_of(x);
-  store(weights, x);
+}
+
+void weigh(const float* logits, std::size_t n, float max, float temperature, float* block_weights) {
+  for (std::size_t begin = 0; begin < n; begin += kBlock) {
+    const std::size_t end = n - begin < kBlock ? n : begin + kBlock;
+    Floats sums[4] = {}, x;
+    std::size_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (std::size_t j = 0; j < 4; ++j) {
+        load(x, logits + i + j * kLanes);
+        weigh_lanes(x, max, temperature, nullptr);
+        sums[j] += x;
+      }
+    }
+    for (; i < end; i += kLanes) {
+      load_some(x, logits + i, end - i);
+      weigh_lanes(x, max, temperature, nullptr);
+      sums[0] += x;
+    }
+    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float total = 0;
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      total += sum[lane];
+    }
+    *block_weights++ = total;
+  }
+}
+
+Moments moments(const float* logits, std::size_t n, float max) {
+  Moments result{};
+  for (std::size_t begin = 0; begin < n; begin += kBlock) {
+    const std::size_t end = n - begin < kBlock ? n : begin + kBlock;
+    Ints count{};
+    Floats sum{}, squares{};
+    for (std::size_t i = begin; i < end; i += kLanes) {
+      Floats x;
+      load_some(x, logits + i, end - i);
+      const Ints is_finite = x > Floats{} + kMinusInfinity;
+      const Floats distance = (Floats)((Ints)(max - x) & is_finite);
+      count -= is_finite;
+      sum += distance;
+      squares += distance * distance;
+    }
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      result.count += count[lane];
+      result.sum += static_cast<double>(sum[lane]);
+      result.sum_of_squares += static_cast<double>(squares[lane]);
+    }
+  }
+  return result;
 }
 
 void scale(const float* logits, std::size_t n, float max, float temperature, Key* keys, float* weights) {
-  const std::size_t whole = n / kLanes * kLanes;
-  for (std::size_t i = 0; i < whole; i += kLanes) {
-    scale_lanes(logits + i, max, temperature, keys + i, weights + i);
-  }
-  if (whole < n) {
-    float rest[kLanes];
-    for (float& logit : rest) {
-      logit = max;
-    }
-    std::memcpy(rest, logits + whole, (n - whole) * sizeof(float));
-    scale_lanes(rest, max, temperature, keys + whole, weights + whole);
+  Floats x;
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    load_some(x, logits + i, n - i);
+    weigh_lanes(x, max, temperature, keys + i);
+    store(weights + i, x);
   }
   for (std::size_t i = n; i < padded(n); ++i) {
     keys[i] = kKeyEnd;
@@ -87,10 +205,10 @@ void scale(const float* logits, std::size_t n, float max, float temperature, Key
 Mass mass_below(const Key* keys, const float* weights, std::size_t n, Key end) {
   Mass mass{};
   // A block's weights are added in float32, the blocks' sums in float64: exact enough for any vocabulary.
-  for (std::size_t block = 0; block < n; block += kRowPadding) {
+  for (std::size_t block = 0; block < n; block += kBlock) {
     Ints count{};
     Floats sums[4] = {};
-    for (std::size_t i = block; i < block + kRowPadding; i += 4 * kLanes) {
+    for (std::size_t i = block; i < block + kBlock; i += 4 * kLanes) {
       for (std::size_t j = 0; j < 4; ++j) {
         Ints key, weight;
         load(key, keys + i + j * kLanes);
@@ -113,7 +231,6 @@ std::size_t select(const Key* keys, const float* weights, std::size_t n, Key beg
                    float* out_weights) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
     out_keys[count] = keys[i];
     out_weights[count] = weights[i];
     count += static_cast<std::size_t>(keys[i] >= begin && keys[i] < end);
@@ -126,7 +243,7 @@ std::size_t select(const Key* keys, const float* weights, std::size_t n, Key beg
 }
 
 constexpr RowKernels make_row_kernels(const char* name) {
-  return {name, max_of, find_first, scale, mass_below, select};
+  return {name, max_of, copy_allowed, find_first, at_least, weigh, moments, scale, mass_below, select};
 }
 
 }  // namespace

@@ -194,7 +194,8 @@ def paged_attention(q: mlx.core.array, pool: KVPool, batch: AttentionBatch, *, s
 def paged_attention_fallback(q: mlx.core.array, pool: KVPool, batch: AttentionBatch, *, scale: float, window: int | None = None, softcap: float | None = None, sinks: mlx.core.array | None = None) -> mlx.core.array:
     """The specification of `paged_attention` in MLX's own ops, for tests."""
 
-def sample(logits: mlx.core.array, *, temperature: mlx.core.array, top_k: mlx.core.array, top_p: mlx.core.array, min_p: mlx.core.array, seed: mlx.core.array, position: mlx.core.array) -> mlx.core.array: ...
+def sample(logits: mlx.core.array, rows: mlx.core.array, *, masks: mlx.core.array, bias_ids: mlx.core.array, bias_values: mlx.core.array, history: mlx.core.array, breakers: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array, mlx.core.array, mlx.core.array]:
+    """ops.sampling documents it."""
 
-def sample_fallback(logits: mlx.core.array, *, temperature: mlx.core.array, top_k: mlx.core.array, top_p: mlx.core.array, min_p: mlx.core.array, seed: mlx.core.array, position: mlx.core.array) -> mlx.core.array:
+def sample_fallback(logits: mlx.core.array, rows: mlx.core.array, *, masks: mlx.core.array, bias_ids: mlx.core.array, bias_values: mlx.core.array, history: mlx.core.array, breakers: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array, mlx.core.array, mlx.core.array]:
     """The specification of `sample` in MLX's own ops, for tests."""

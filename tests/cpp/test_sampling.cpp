@@ -15,7 +15,19 @@ namespace {
 using namespace mlx_server;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr RowParams kGreedy{0, 0, 1, 0, 0, 0};
+
+RowParams make_params(float temperature, std::int32_t top_k = 0, float top_p = 1, float min_p = 0,
+                      std::uint32_t seed = 1) {
+  RowParams params;
+  params.seed = {seed, seed * 7};
+  params.position = 2;
+  params.temperature = temperature;
+  params.top_k = top_k;
+  params.top_p = top_p;
+  params.min_p = min_p;
+  return params;
+}
+const RowParams kGreedy = make_params(0);
 
 std::vector<float> normal(std::size_t size, float deviation, std::mt19937& rng) {
   std::normal_distribution<float> distribution(0, deviation);
@@ -27,8 +39,8 @@ std::vector<float> normal(std::size_t size, float deviation, std::mt19937& rng) 
 }
 
 std::uint32_t sample(std::span<const float> logits, const RowParams& params, const RowKernels& kernels) {
-  RowScratch scratch;
-  return sample_row(logits, params, scratch, kernels);
+  static RowScratch scratch;  // rows must leave nothing behind in it
+  return sample_row(logits, params, {}, scratch, kernels).id;
 }
 
 // The definition: sorts the tokens and computes in float64. margin: how near the draw or a filter was to another
@@ -74,7 +86,7 @@ Definition define(std::span<const float> logits, const RowParams& params) {
     std::erase_if(order, [&](std::size_t i) { return scaled[i] < std::log(params.min_p); });
   }
   std::sort(order.begin(), order.end());
-  const double whole = sum_of(), u = philox_uniform(params.seed, params.position);
+  const double whole = sum_of(), u = philox_uniforms(params.seed, params.position).draw;
   double sum = 0;
   for (std::size_t i : order) {
     sum += weights[i];
@@ -102,8 +114,8 @@ TEST(philox_known_answers) {
 
 TEST(uniform_is_below_one) {
   for (std::uint32_t position = 0; position < 100000; ++position) {
-    const float u = philox_uniform(42, position);
-    CHECK(u >= 0 && u < 1);
+    const Uniforms u = philox_uniforms({42, 0}, position);
+    CHECK(u.draw >= 0 && u.draw < 1 && u.xtc >= 0 && u.xtc < 1);
   }
 }
 
@@ -147,7 +159,7 @@ TEST(agrees_with_the_definition) {
   };
   int num_compared = 0;
   for (int i = 0; i < 2000; ++i) {
-    const std::size_t n = pick(1, 2, 7, 511, 512, 513, 5000);
+    const std::size_t n = pick(1, 2, 7, 255, 256, 257, 5000);
     std::vector<float> logits = normal(n, pick(0.0f, 0.01f, 1.0f, 5.0f), rng);
     if (rng() % 3 == 0) {  // many ties
       std::ranges::transform(logits, logits.begin(), [](float x) { return std::round(2 * x) / 2; });
@@ -157,13 +169,10 @@ TEST(agrees_with_the_definition) {
         logits[j] = -kInfinity;
       }
     }
-    const RowParams params{
-        pick(0.01f, 0.7f, 1.0f, 50.0f),
-        static_cast<std::int32_t>(pick(std::size_t{0}, std::size_t{1}, std::size_t{20}, n / 2, n + 1)),
-        pick(1e-9f, 0.3f, 0.9f, 0.999f, 1.0f),
-        pick(0.0f, 0.02f, 0.5f, 1.0f),
-        rng() * 0x100000001u,
-        static_cast<std::uint32_t>(rng())};
+    const RowParams params =
+        make_params(pick(0.01f, 0.7f, 1.0f, 50.0f),
+                    static_cast<std::int32_t>(pick(std::size_t{0}, std::size_t{1}, std::size_t{20}, n / 2, n + 1)),
+                    pick(1e-9f, 0.3f, 0.9f, 0.999f, 1.0f), pick(0.0f, 0.02f, 0.5f, 1.0f), rng());
     const Definition expected = define(logits, params);
     if (expected.margin < 1e-6) {
       continue;
@@ -177,9 +186,8 @@ TEST(agrees_with_the_definition) {
 }
 
 TEST(row_without_token) {
-  constexpr RowParams kDraw{1, 5, 0.9f, 0.1f, 3, 4};
   for (const RowKernels* kernels : row_kernels()) {
-    for (const RowParams& params : {kGreedy, kDraw}) {
+    for (const RowParams& params : {kGreedy, make_params(1, 5, 0.9f, 0.1f)}) {
       std::vector<float> logits(100, 1.0f);
       for (const std::size_t at : {0, 50, 99}) {
         for (const float bad : {NAN, kInfinity}) {
@@ -197,13 +205,66 @@ TEST(row_without_token) {
 TEST(parameters_out_of_range_give_some_token) {
   std::mt19937 rng(5);
   const std::vector<float> logits = normal(1000, 2, rng);
+  constexpr float RowParams::* kFloats[] = {
+      &RowParams::top_n_sigma, &RowParams::temperature,   &RowParams::typical_p,      &RowParams::top_p,
+      &RowParams::min_p,       &RowParams::xtc_threshold, &RowParams::xtc_probability};
   for (const RowKernels* kernels : row_kernels()) {
     for (const float x : {-1.0f, 0.0f, 1e-45f, 3.0f, 1e30f, kInfinity, -kInfinity, NAN}) {
-      CHECK(sample(logits, {x, 0, 1, 0, 1, 2}, *kernels) < logits.size());
-      CHECK(sample(logits, {1, 0, x, 0, 1, 2}, *kernels) < logits.size());
-      CHECK(sample(logits, {1, 0, 1, x, 1, 2}, *kernels) < logits.size());
+      for (const auto field : kFloats) {
+        for (const int processed : {0, 1}) {
+          RowParams params;
+          params.*field = x;
+          params.num_logprobs = 1000;
+          params.processed_logprobs = processed;
+          CHECK(sample(logits, params, *kernels) < logits.size());
+        }
+      }
     }
-    CHECK(sample(logits, {1, -7, 1, 0, 1, 2}, *kernels) < logits.size());
+    CHECK(sample(logits, make_params(1, -7), *kernels) < logits.size());
+    RowParams params;
+    params.given_token = 1'000'000;
+    CHECK_EQ(sample(logits, params, *kernels), 999u);
+  }
+}
+
+TEST(mask_forbids_and_bias_moves) {
+  std::mt19937 rng(6);
+  for (const RowKernels* kernels : row_kernels()) {
+    for (const std::size_t n : {5, 31, 32, 33, 300}) {
+      const std::vector<float> logits = normal(n, 1, rng);
+      for (std::size_t allowed = 0; allowed < n; allowed += 3) {
+        std::vector<std::uint32_t> masks(2 * ((n + 31) / 32));
+        masks[masks.size() / 2 + allowed / 32] = 1u << allowed % 32;
+        const auto id = static_cast<std::int32_t>(n - 1 - allowed);
+        const float value = 1000;
+        const SampleTables tables{masks.data(), masks.size() / 2, &id, &value, nullptr, nullptr};
+        RowScratch scratch;
+        RowParams params = kGreedy;
+        params.mask_row = 1;
+        CHECK_EQ(sample_row(logits, params, tables, scratch, *kernels).id, allowed);
+        params.mask_row = 0;
+        CHECK_EQ(sample_row(logits, params, tables, scratch, *kernels).id, kInvalidToken);
+        params.mask_row = -1;
+        params.bias_end = 1;
+        CHECK_EQ(sample_row(logits, params, tables, scratch, *kernels).id, static_cast<std::uint32_t>(id));
+      }
+    }
+  }
+}
+
+TEST(penalties_leave_no_counts_behind) {
+  const std::vector<std::int32_t> history{3, 1, 3, 1, 900, -5, 3};
+  const std::vector<float> logits(10, 1.0f);
+  RowScratch scratch;
+  RowParams params = kGreedy;
+  params.history_end = static_cast<std::int32_t>(history.size());
+  params.repetition_penalty = 2;
+  params.frequency_penalty = 1;
+  params.dry_multiplier = 3;
+  for (const RowKernels* kernels : row_kernels()) {
+    CHECK_EQ(sample_row(logits, params, {nullptr, 1, nullptr, nullptr, history.data(), nullptr}, scratch, *kernels).id,
+             0u);
+    CHECK(std::ranges::all_of(scratch.counts, [](std::int32_t count) { return count == 0; }));
   }
 }
 

@@ -1,6 +1,8 @@
 """`sample` and its fallback against a NumPy oracle, and the distribution of what is drawn."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,63 +12,144 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mlx_server import _ext
-from mlx_server.ops.sampling import INVALID_TOKEN, sample
-from reference.sampling import Params
+from mlx_server.ops.sampling import (
+    INVALID_TOKEN,
+    MAX_TOP_LOGPROBS,
+    Sampled,
+    SampleTables,
+    make_rows,
+    sample,
+    sample_fallback,
+)
+from reference.sampling import Params, adjust, filtered
 from reference.sampling import sample as oracle
 
-Op = Callable[..., mx.array]
-OPS = pytest.mark.parametrize("op", [sample, _ext.sample_fallback], ids=["op", "fallback"])
+Op = Callable[..., Sampled]
+OPS = pytest.mark.parametrize("op", [sample, sample_fallback], ids=["op", "fallback"])
+LISTED = ("bias", "allowed", "history", "num_output", "penalty_window", "dry_window", "breakers")  # not in ROW_DTYPE
 
 
-def arrays(rows: Sequence[Params]) -> dict[str, mx.array]:
-    return {
-        "temperature": mx.array(np.array([row.temperature for row in rows], np.float32)),
-        "top_k": mx.array(np.array([row.top_k for row in rows], np.int32)),
-        "top_p": mx.array(np.array([row.top_p for row in rows], np.float32)),
-        "min_p": mx.array(np.array([row.min_p for row in rows], np.float32)),
-        "seed": mx.array(np.array([row.seed for row in rows], np.uint64)),
-        "position": mx.array(np.array([row.position for row in rows], np.uint32)),
-    }
+def pack(params: Sequence[Params], vocab_size: int) -> tuple[NDArray[Any], SampleTables]:
+    """Rows and tables as the op wants them."""
+    columns = {f.name: [getattr(row, f.name) for row in params] for f in fields(Params) if f.name not in LISTED}
+    rows = make_rows(len(params), **columns)
+    masks, bias_ids, bias_values, history, breakers = [], [], [], [], []
+    for row, p in zip(rows, params, strict=True):
+        row["bias_begin"], row["breakers_begin"] = len(bias_ids), len(breakers)
+        bias_ids += p.bias.keys()
+        bias_values += p.bias.values()
+        breakers += p.breakers
+        history += p.history
+        row["bias_end"], row["breakers_end"], row["history_end"] = len(bias_ids), len(breakers), len(history)
+        row["repetition_begin"] = len(history) - len(p.newest(p.penalty_window))
+        row["output_begin"] = len(history) - len(p.output())
+        row["dry_begin"] = len(history) - len(p.newest(p.dry_window))
+        if p.allowed is not None:
+            row["mask_row"] = len(masks)
+            bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+            bits[list(p.allowed)] = 1
+            masks.append(np.packbits(bits, bitorder="little").view(np.uint32))
+    tables = SampleTables(
+        masks=mx.array(np.stack(masks)) if masks else None,
+        bias_ids=mx.array(np.array(bias_ids, np.int32)),
+        bias_values=mx.array(np.array(bias_values, np.float32)),
+        history=mx.array(np.array(history, np.int32)),
+        breakers=mx.array(np.array(breakers, np.int32)),
+    )
+    return rows, tables
 
 
-def draw(op: Op, logits: NDArray[np.float32], rows: Sequence[Params]) -> NDArray[np.uint32]:
-    tokens = op(mx.array(logits), **arrays(rows))
-    assert tokens.shape == (len(rows),)
-    assert tokens.dtype == mx.uint32
-    return np.array(tokens)
+def run(op: Op, logits: NDArray[np.float32], params: Sequence[Params]) -> Sampled:
+    sampled = op(mx.array(logits), *pack(params, logits.shape[1]))
+    assert sampled.token_ids.shape == sampled.logprobs.shape == (len(params),)
+    assert sampled.top_ids.shape == sampled.top_logprobs.shape == (len(params), MAX_TOP_LOGPROBS)
+    assert sampled.token_ids.dtype == sampled.top_ids.dtype == mx.uint32
+    assert sampled.logprobs.dtype == sampled.top_logprobs.dtype == mx.float32
+    return sampled
+
+
+def draw(op: Op, logits: NDArray[np.float32], params: Sequence[Params]) -> NDArray[np.uint32]:
+    return np.array(run(op, logits, params).token_ids)
 
 
 def draw_many(op: Op, logits: Sequence[float], params: Params, count: int) -> NDArray[np.uint32]:
     """`count` draws from the same distribution, at consecutive positions."""
-    rows = [params._replace(position=position) for position in range(count)]
+    rows = [params.but(position=position) for position in range(count)]
     return draw(op, np.tile(np.array(logits, np.float32), (count, 1)), rows)
 
 
-def assert_as_oracle(op: Op, logits: NDArray[np.float32], rows: Sequence[Params]) -> None:
-    """Equal tokens, except where the draw or a filter is so near to another result that rounding decides."""
-    for token, row_logits, row in zip(draw(op, logits, rows), logits, rows, strict=True):
-        expected = oracle(row_logits, row)
-        assert token == expected.token or expected.margin < 2e-6, (row, expected)
+def assert_as_oracle(op: Op, logits: NDArray[np.float32], params: Sequence[Params]) -> None:
+    """Equal tokens and log-probabilities, except where the draw or a filter is so near to another result that rounding
+    decides."""
+    sampled = run(op, logits, params)
+    tokens, logprobs = np.array(sampled.token_ids), np.array(sampled.logprobs)
+    top_ids, top_logprobs = np.array(sampled.top_ids), np.array(sampled.top_logprobs)
+    for i, row in enumerate(params):
+        expected = oracle(logits[i], row)
+        if expected.margin < 2e-6:
+            continue
+        assert tokens[i] == expected.token, (row, expected)
+        assert logprobs[i] == pytest.approx(expected.logprob, rel=1e-5, abs=1e-4), (row, expected)
+        ids, values = zip(*expected.top, strict=True) if expected.top else ((), ())
+        assert top_logprobs[i, : len(values)] == pytest.approx(values, rel=1e-5, abs=1e-4), (row, expected)
+        assert (top_logprobs[i, len(values) :] == -np.inf).all()
+        assert tuple(top_ids[i, : len(ids)]) == ids and not top_ids[i, len(ids) :].any()
 
 
 finite = st.floats(-60, 60, width=32)
 logits_rows = st.lists(st.one_of(finite, st.just(-np.inf), st.sampled_from([0.0, 1.0, 2.0])), min_size=1, max_size=40)
-params_rows = st.builds(
-    Params,
-    temperature=st.sampled_from([0.0, 1e-30, 0.3, 1.0, 2.5, 1e30]),
-    top_k=st.integers(0, 50),
-    top_p=st.one_of(st.just(1.0), st.floats(2.0**-30, 1.0, width=32)),
-    min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0, width=32)),
-    seed=st.integers(0, 2**64 - 1),
-    position=st.integers(0, 2**32 - 1),
+shares = st.one_of(st.just(1.0), st.floats(2.0**-30, 1.0, width=32))
+filters = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 1e-30, 0.3, 1.0, 2.5, 1e30]),
+        "top_k": st.integers(0, 50),
+        "top_p": shares,
+        "min_p": st.one_of(st.just(0.0), st.floats(0.0, 1.0, width=32)),
+        "typical_p": shares,
+        "top_n_sigma": st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0]),
+        "xtc_probability": st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        "xtc_threshold": st.floats(0.0, 0.625, width=32),
+        "seed": st.integers(0, 2**64 - 1),
+        "position": st.integers(0, 2**32 - 1),
+        "num_logprobs": st.integers(-1, MAX_TOP_LOGPROBS),
+        "processed_logprobs": st.booleans(),
+    }
+)
+penalties = st.fixed_dictionaries(
+    {
+        "penalty_window": st.sampled_from([0, 1, 5]),
+        "repetition_penalty": st.sampled_from([1.0, 0.5, 1.3]),
+        "frequency_penalty": st.sampled_from([0.0, -0.5, 0.7]),
+        "presence_penalty": st.sampled_from([0.0, -1.5, 0.3]),
+        "dry_multiplier": st.sampled_from([0.0, 0.8]),
+        "dry_allowed_length": st.sampled_from([0, 1, 2, 3]),
+        "dry_window": st.sampled_from([0, 3, 7]),
+    }
 )
 
 
+@st.composite
+def logits_and_params(draw: st.DrawFn) -> tuple[NDArray[np.float32], Params]:
+    logits = draw(logits_rows)
+    ids = st.integers(0, len(logits) - 1)
+    few = st.integers(0, min(2, len(logits) - 1))
+    fields = draw(filters)
+    if draw(st.booleans()):
+        fields |= draw(penalties)
+        fields["history"] = tuple(draw(st.lists(st.one_of(few, ids), min_size=1, max_size=20)))
+        fields["num_output"] = draw(st.integers(0, len(fields["history"])))
+        fields["breakers"] = tuple(draw(st.lists(ids, max_size=2)))
+        fields["bias"] = draw(st.dictionaries(ids, st.sampled_from([-np.inf, -3.0, 1.5, 100.0]), max_size=3))
+        fields["allowed"] = draw(st.one_of(st.none(), st.frozensets(ids, min_size=1)))
+    return np.array([logits], np.float32), Params(**fields)
+
+
 @OPS
-@settings(deadline=None, derandomize=True)
-@given(logits=logits_rows, params=params_rows)
-def test_small_rows(op: Op, logits: list[float], params: Params) -> None:
-    assert_as_oracle(op, np.array([logits], np.float32), [params])
+@settings(max_examples=300)
+@given(row=logits_and_params())
+def test_small_rows(op: Op, row: tuple[NDArray[np.float32], Params]) -> None:
+    logits, params = row
+    assert_as_oracle(op, logits, [params])
 
 
 @OPS
@@ -82,8 +165,17 @@ def test_large_rows(op: Op, vocab_size: int, deviation: float) -> None:
         Params(top_k=vocab_size // 2, top_p=0.5),
         Params(1.3),
         Params(0.0, top_k=5, top_p=0.5),
+        Params(0.8, top_p=0.999, min_p=0.001),
+        Params(typical_p=0.6),
+        Params(0.9, top_n_sigma=1.0, typical_p=0.9),
+        Params(top_k=100, xtc_probability=1.0, xtc_threshold=0.02),
+        Params(xtc_probability=1.0, xtc_threshold=0.0005),
     ]
-    rows = [params._replace(seed=int(seed)) for params in choices for seed in rng.integers(0, 2**63, 3)]
+    rows = [
+        params.but(seed=int(seed), num_logprobs=20, processed_logprobs=bool(seed % 2))
+        for params in choices
+        for seed in rng.integers(0, 2**63, 3)
+    ]
     logits = (rng.standard_normal((len(rows), vocab_size)) * deviation).astype(np.float32)
     assert_as_oracle(op, logits, rows)
 
@@ -111,6 +203,36 @@ def test_large_rows(op: Op, vocab_size: int, deviation: float) -> None:
         (Params(min_p=0.24), {0, 1, 2, 3}),
         (Params(top_k=3, min_p=0.24), {0, 1, 2}),
         (Params(0.5, min_p=0.74), {2}),  # temperature comes first: 0.75 ** 2 is below
+        (Params(typical_p=0.2), {1}),  # the entropy, 1.485 nats, is closest to -log 0.3, then to -log 0.4
+        (Params(typical_p=0.5), {1, 2}),
+        (Params(typical_p=0.71), {0, 1, 2}),
+        (Params(typical_p=0.5, min_p=0.76), {2}),
+        (Params(top_k=3, typical_p=0.1), {1}),
+        (Params(top_n_sigma=0.1), {2}),
+        (Params(top_n_sigma=0.5), {1, 2}),  # the standard deviation is 0.80
+        (Params(3.0, top_n_sigma=0.5), {1, 2}),
+        (Params(top_n_sigma=1.8), {0, 1, 2, 3}),
+        (Params(xtc_probability=1.0, xtc_threshold=0.35), {0, 1, 2, 3, 4, 5}),
+        (Params(xtc_probability=1.0, xtc_threshold=0.25), {0, 1, 3, 4, 5}),
+        (Params(xtc_probability=1.0, xtc_threshold=0.09), {3, 4, 5}),
+        (Params(top_k=2, xtc_probability=1.0, xtc_threshold=0.3), {1}),
+        (Params(bias={2: -np.inf, 1: -np.inf}), {0, 3, 4, 5}),
+        (Params(bias={4: 100.0}), {4}),
+        (Params(allowed=frozenset({0, 5})), {0, 5}),
+        (Params(allowed=frozenset({0, 2, 5}), top_k=1), {2}),
+        (Params(0.0, allowed=frozenset({0, 3, 5})), {0}),
+        (Params(0.0, history=(2,), repetition_penalty=2.0), {1}),
+        (Params(0.0, history=(2, 0), num_output=2, penalty_window=1, presence_penalty=2.0), {2}),
+        (Params(0.0, history=(2, 0), num_output=2, penalty_window=2, presence_penalty=2.0), {1}),
+        (Params(0.0, history=(2, 1, 0), num_output=1, presence_penalty=2.0), {2}),
+        (Params(0.0, history=(2, 1, 1), num_output=3, frequency_penalty=-0.4), {1}),
+        (Params(0.0, history=(0, 1, 2, 0, 1), dry_multiplier=5.0), {1}),
+        (Params(0.0, history=(0, 1, 2, 0, 1), dry_multiplier=5.0, breakers=(0,)), {2}),
+        (Params(0.0, history=(0, 1, 2, 0, 1), dry_multiplier=5.0, breakers=(2,)), {2}),
+        (Params(0.0, history=(0, 1, 2, 0, 1), dry_multiplier=5.0, dry_window=4), {2}),
+        (Params(0.0, history=(0, 1, 2, 0, 1), dry_multiplier=5.0, dry_allowed_length=3), {2}),
+        (Params(0.0, given_token=4), {4}),
+        (Params(given_token=4, top_k=1, num_logprobs=0, processed_logprobs=True), {4}),
     ],
 )
 def test_filters_keep(op: Op, params: Params, kept: set[int]) -> None:
@@ -118,22 +240,36 @@ def test_filters_keep(op: Op, params: Params, kept: set[int]) -> None:
     assert set(draw_many(op, np.log(probabilities).tolist(), params, 400).tolist()) == kept
 
 
+def expected_probabilities(logits: NDArray[np.float32], params: Params) -> NDArray[np.float64]:
+    """Of each token, whatever the random numbers: XTC applies in its share of the draws."""
+    probabilities = np.zeros(len(logits))
+    for xtc_u, share in [(1.0, 1 - params.xtc_probability), (0.0, params.xtc_probability)]:
+        kept = filtered(adjust(logits, params), params, xtc_u)
+        probabilities[kept.order] += share * kept.weights[kept.order] / kept.total()
+    return probabilities
+
+
 @OPS
 @pytest.mark.parametrize(
     "params",
-    [Params(seed=1), Params(0.6, seed=2), Params(1.5, top_k=12, seed=3), Params(top_p=0.8, seed=4)],
+    [
+        Params(seed=1),
+        Params(0.6, seed=2),
+        Params(1.5, top_k=12, seed=3),
+        Params(top_p=0.8, seed=4),
+        Params(typical_p=0.7, seed=5),
+        Params(top_n_sigma=1.5, min_p=0.1, seed=6),
+        Params(bias={3: 2.0, 5: -1.0}, allowed=frozenset(range(15)), seed=7),
+        Params(history=(1, 2, 3, 1, 2), num_output=3, repetition_penalty=1.4, frequency_penalty=0.5, seed=8),
+        Params(history=(1, 2, 3, 1, 2), dry_multiplier=0.7, presence_penalty=0.5, num_output=5, seed=9),
+        Params(xtc_probability=0.4, xtc_threshold=0.08, seed=10),
+    ],
 )
 def test_distribution(op: Op, params: Params) -> None:
     rng = np.random.default_rng(0)
-    logits = rng.standard_normal(20)
+    logits = rng.standard_normal(20).astype(np.float32)
     count = 20_000
-    weights = np.exp(logits / params.temperature)
-    order = np.argsort(-weights)
-    if params.top_k:
-        weights[order[params.top_k :]] = 0
-    sums = np.cumsum(weights[order]) / weights.sum()
-    weights[order[int(np.searchsorted(sums, params.top_p)) + 1 :]] = 0
-    expected = count * weights / weights.sum()
+    expected = count * expected_probabilities(logits, params)
 
     observed = np.bincount(draw_many(op, logits.tolist(), params, count), minlength=20)
     assert not observed[expected == 0].any()
@@ -201,7 +337,8 @@ def test_extreme_temperatures(op: Op) -> None:
 
 @OPS
 def test_no_rows(op: Op) -> None:
-    assert draw(op, np.zeros((0, 5), np.float32), []).tolist() == []
+    sampled = op(mx.zeros((0, 5)), make_rows(0))
+    assert [array.shape for array in sampled] == [(0,), (0,), (0, MAX_TOP_LOGPROBS), (0, MAX_TOP_LOGPROBS)]
 
 
 @OPS
@@ -209,34 +346,60 @@ def test_no_rows(op: Op) -> None:
 def test_half_precision_logits(op: Op, dtype: mx.Dtype) -> None:
     logits = mx.random.normal((4, 300), key=mx.random.key(0)).astype(dtype)
     rows = [Params(top_p=0.9, seed=seed) for seed in range(4)]
-    assert op(logits, **arrays(rows)).tolist() == op(logits.astype(mx.float32), **arrays(rows)).tolist()
+    half, single = (op(x, *pack(rows, 300)).token_ids.tolist() for x in (logits, logits.astype(mx.float32)))
+    assert half == single
 
 
 @OPS
 def test_strided_logits(op: Op) -> None:
     logits = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
     rows = [Params(seed=seed) for seed in range(4)]
-    strided = op(mx.array(logits).T, **arrays(rows)).tolist()
-    assert strided == draw(op, np.ascontiguousarray(logits.T), rows).tolist()
+    strided = op(mx.array(logits).T, *pack(rows, 300))
+    assert strided.token_ids.tolist() == draw(op, np.ascontiguousarray(logits.T), rows).tolist()
 
 
-@OPS
+@pytest.mark.parametrize("op", [_ext.sample, _ext.sample_fallback], ids=["op", "fallback"])
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"logits": mx.zeros((3,))}, r"logits must be floating point \[B, V\] with V >= 1 but got float32 \(3\)"),
         ({"logits": mx.zeros((2, 0))}, r"logits must be .* but got float32 \(2,0\)"),
         ({"logits": mx.zeros((2, 3), mx.int32)}, r"logits must be .* but got int32 \(2,3\)"),
-        ({"temperature": mx.zeros((3,))}, r"temperature must be float32 \[2\] but got float32 \(3\)"),
-        ({"top_k": mx.zeros((2,))}, r"top_k must be int32 \[2\] but got float32 \(2\)"),
-        ({"top_p": mx.zeros((2, 1))}, r"top_p must be float32 \[2\] but got float32 \(2,1\)"),
-        ({"min_p": mx.array(0.0)}, r"min_p must be float32 \[2\] but got float32 \(\)"),
-        ({"seed": mx.zeros((2,), mx.int64)}, r"seed must be uint64 \[2\] but got int64 \(2\)"),
-        ({"position": mx.zeros((2,), mx.int32)}, r"position must be uint32 \[2\] but got int32 \(2\)"),
+        ({"rows": mx.zeros((3, 29), mx.uint32)}, r"rows must be uint32 \(2,29\) .* but got uint32 \(3,29\)"),
+        ({"rows": mx.zeros((2, 29))}, r"rows must be uint32 \(2,29\) .* but got float32 \(2,29\)"),
+        ({"masks": mx.zeros((2, 2), mx.uint32)}, r"masks must be uint32 \(-1,1\) .* but got uint32 \(2,2\)"),
+        ({"bias_ids": mx.zeros((2,))}, r"bias_ids must be int32 \(-1\) .* but got float32 \(2\)"),
+        ({"bias_values": mx.zeros((1,))}, r"bias_values must be float32 \(0\) .* but got float32 \(1\)"),
+        ({"history": mx.zeros((2, 1), mx.int32)}, r"history must be int32 \(-1\) .* but got int32 \(2,1\)"),
+        ({"breakers": mx.zeros((2,), mx.uint32)}, r"breakers must be int32 \(-1\) .* but got uint32 \(2\)"),
     ],
 )
-def test_wrong_arguments(op: Op, change: dict[str, mx.array], message: str) -> None:
-    arguments = {"logits": mx.zeros((2, 3))} | arrays([Params(), Params()]) | change
-    logits = arguments.pop("logits")
+def test_wrong_arguments(op: Callable[..., Any], change: dict[str, mx.array], message: str) -> None:
+    arguments = {
+        "logits": mx.zeros((2, 3)),
+        "rows": mx.zeros((2, 29), mx.uint32),
+        "masks": mx.zeros((0, 1), mx.uint32),
+        "bias_ids": mx.zeros((0,), mx.int32),
+        "bias_values": mx.zeros((0,)),
+        "history": mx.zeros((0,), mx.int32),
+        "breakers": mx.zeros((0,), mx.int32),
+    } | change
     with pytest.raises(ValueError, match=r"\[sample\] " + message):
-        op(logits, **arguments)
+        op(**arguments)
+
+
+@OPS
+def test_ids_outside_the_vocabulary_are_skipped(op: Op) -> None:
+    ids = mx.array(np.array([-1, 7, 10**9, -(2**31), 2**31 - 1, 7], np.int32))
+    tables = SampleTables(bias_ids=ids, bias_values=mx.ones(6), history=ids, breakers=ids)
+    rows = make_rows(
+        1,
+        temperature=0,
+        bias_end=6,
+        history_end=6,
+        breakers_end=6,
+        repetition_penalty=2,
+        presence_penalty=1,
+        dry_multiplier=1,
+    )
+    assert op(mx.array([[0.0, 3.0, 2.0]]), rows, tables).token_ids.tolist() == [1]
