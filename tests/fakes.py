@@ -58,7 +58,10 @@ class FakeRunner:
             raise RuntimeError("the device is on fire")
         if batch.rows:
             self._in_flight = (batch, self._compute(batch, *(previous or (None, []))))
-        return StepResult(*previous) if previous else None
+        if previous is None:
+            return None
+        done, token_ids = previous
+        return StepResult(done, token_ids, [None] * len(token_ids), [[] for _ in done.rows])
 
     def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[int]) -> list[int]:
         arrays = BatchArrays.build(batch, previous, self.block_size)
@@ -72,7 +75,7 @@ class FakeRunner:
             state = 0 if arrays.fresh[i] else self.states[arrays.slots[i]]
             self.states[arrays.slots[i]] = fake_state(its_tokens, row.start_pos, state)
             if row.samples:
-                seed = int(arrays.seed[len(drawn)])
+                seed = int(arrays.sampling.rows["seed"][len(drawn)])
                 drawn.append(self._next_token(arrays, i, seed))
         self._copy_states(arrays.saved)
         return drawn

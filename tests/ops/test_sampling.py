@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from mlx_server import _ext
 from mlx_server.ops.sampling import (
     INVALID_TOKEN,
-    MAX_TOP_LOGPROBS,
     Sampled,
     SampleTables,
     make_rows,
     sample,
     sample_fallback,
 )
+from mlx_server.sampling_params import MAX_TOP_LOGPROBS
 from reference.sampling import Params, adjust, filtered
 from reference.sampling import sample as oracle
 
@@ -33,7 +33,8 @@ def pack(params: Sequence[Params], vocab_size: int) -> tuple[NDArray[Any], Sampl
     """Rows and tables as the op wants them."""
     columns = {f.name: [getattr(row, f.name) for row in params] for f in fields(Params) if f.name not in LISTED}
     rows = make_rows(len(params), **columns)
-    masks, bias_ids, bias_values, history, breakers = [], [], [], [], []
+    masks: list[NDArray[np.uint32]] = []
+    bias_ids, bias_values, history, breakers = list[int](), list[float](), list[int](), list[int]()
     for row, p in zip(rows, params, strict=True):
         row["bias_begin"], row["breakers_begin"] = len(bias_ids), len(breakers)
         bias_ids += p.bias.keys()
@@ -133,7 +134,7 @@ def logits_and_params(draw: st.DrawFn) -> tuple[NDArray[np.float32], Params]:
     logits = draw(logits_rows)
     ids = st.integers(0, len(logits) - 1)
     few = st.integers(0, min(2, len(logits) - 1))
-    fields = draw(filters)
+    fields: dict[str, Any] = draw(filters)
     if draw(st.booleans()):
         fields |= draw(penalties)
         fields["history"] = tuple(draw(st.lists(st.one_of(few, ids), min_size=1, max_size=20)))

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_server.engine.request import Request
+from mlx_server.engine.sampling_state import Draw, SamplingArrays
+from mlx_server.wire import TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
 
@@ -28,6 +30,14 @@ class BatchRow:
     @property
     def num_tokens(self) -> int:
         return self.end_pos - self.start_pos
+
+    @property
+    def num_scored(self) -> int:
+        """How many prompt tokens, from start_pos + 1 on, this part gives log-probabilities of."""
+        request = self.request
+        if request.num_prompt_logprobs is None or request.output_token_ids:
+            return 0
+        return max(min(self.end_pos, len(request.prompt_token_ids) - 1) - self.start_pos, 0)
 
     @property
     def is_decode(self) -> bool:
@@ -55,10 +65,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A batch that has been computed, with the token drawn for each of its sampling rows."""
+    """A batch that has been computed."""
 
     batch: Batch
-    token_ids: list[int]
+    token_ids: list[int]  # drawn for each of its sampling rows
+    logprobs: list[TokenLogprobs | None]  # of each of them, if its request asks for it
+    prompt_logprobs: list[list[TokenLogprobs]]  # for each row, of the prompt tokens that it has scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +104,10 @@ class BatchArrays:
     restored: SlotCopies  # recurrent states to copy before the step
     saved: SlotCopies  # and after it
     sampled: Ints  # [R] index on T of the token after which the next one is drawn
-    temperature: npt.NDArray[np.float32]  # [R], like the rest
-    top_k: Ints
-    top_p: npt.NDArray[np.float32]
-    min_p: npt.NDArray[np.float32]
-    seed: npt.NDArray[np.uint64]
-    sample_positions: npt.NDArray[np.uint32]  # position of the token to be drawn
+    sampling: SamplingArrays  # of R draws
+    num_scored: list[int]  # B: prompt tokens that the row scores
+    scored: Ints  # [P] index on T of the tokens before those, row after row
+    scored_ids: Ints  # [P] the scored tokens
 
     @staticmethod
     def build(batch: Batch, previous: Batch | None, block_size: int) -> "BatchArrays":
@@ -108,19 +118,24 @@ class BatchArrays:
         token_ids = np.zeros(total, np.int32)
         token_sources = np.arange(total, dtype=np.int32)
         start = 0
+        draws: list[Draw] = []
         for row in rows:
+            source = None
             known = row.request.known_tokens(row.start_pos, row.end_pos)
             token_ids[start : start + len(known)] = known
             if len(known) < row.num_tokens:  # at most one: the newest
-                token_sources[start + len(known)] = total + previous_index[row.request]
+                source = previous_index[row.request]
+                token_sources[start + len(known)] = total + source
             start += row.num_tokens
+            if row.samples:
+                draws.append(Draw(row.request.sampling_state, row.end_pos, source))
 
         positions = np.concatenate([np.arange(row.start_pos, row.end_pos, dtype=np.int32) for row in rows])
         block_tables = _pad([row.request.block_table for row in rows])
         row_of_token = np.repeat(np.arange(len(rows)), [row.num_tokens for row in rows])
         slot_mapping = block_tables[row_of_token, positions // block_size] * block_size + positions % block_size
         ends = np.cumsum([row.num_tokens for row in rows], dtype=np.int32)
-        sampling = [row.request.sampling for row in rows if row.samples]
+        scored, scored_ids = _scored(rows, ends)
         return BatchArrays(
             token_ids=token_ids,
             token_sources=token_sources,
@@ -135,12 +150,10 @@ class BatchArrays:
             restored=SlotCopies.of((row.restore_from, row.request.slot) for row in rows),
             saved=SlotCopies.of((row.request.slot, row.save_to) for row in rows),
             sampled=ends[[row.samples for row in rows]] - 1,
-            temperature=np.array([s.temperature for s in sampling], np.float32),
-            top_k=np.array([s.top_k for s in sampling], np.int32),
-            top_p=np.array([s.top_p for s in sampling], np.float32),
-            min_p=np.array([s.min_p for s in sampling], np.float32),
-            seed=np.array([s.seed for s in sampling], np.uint64),
-            sample_positions=np.array([row.end_pos for row in rows if row.samples], np.uint32),
+            sampling=SamplingArrays.build(draws),
+            num_scored=[row.num_scored for row in rows],
+            scored=scored,
+            scored_ids=scored_ids,
         )
 
 
@@ -149,3 +162,14 @@ def _pad(block_tables: list[list[int]]) -> Ints:
     for i, table in enumerate(block_tables):
         padded[i, : len(table)] = table
     return padded
+
+
+def _scored(rows: list[BatchRow], ends: Ints) -> tuple[Ints, Ints]:
+    """`scored` and `scored_ids`; `ends` [B] is where each row ends on T."""
+    scored: list[int] = []
+    token_ids: list[int] = []
+    for row, end in zip(rows, ends.tolist(), strict=True):
+        if count := row.num_scored:
+            scored += range(end - row.num_tokens, end - row.num_tokens + count)
+            token_ids += row.request.prompt_token_ids[row.start_pos + 1 : row.start_pos + 1 + count]
+    return np.array(scored, np.int32), np.array(token_ids, np.int32)

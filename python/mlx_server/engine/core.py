@@ -12,6 +12,7 @@ from mlx_server.engine.queue import Refusal
 from mlx_server.engine.request import Request
 from mlx_server.engine.scheduler import Outputs, Scheduler
 from mlx_server.engine.stats import EngineStats, Gauges
+from mlx_server.sampling_params import MAX_TOP_LOGPROBS
 
 _REFUSALS: dict[Refusal, str] = {
     "queue_full": "The server has more requests than it can queue; try again soon.",
@@ -92,6 +93,7 @@ class EngineCore:
             message.max_tokens,
             frozenset(message.end_token_ids),
             message.sampling,
+            num_prompt_logprobs=message.prompt_logprobs,
             priority=message.priority,
             client=message.client,
             cache_salt=message.cache_salt,
@@ -149,6 +151,12 @@ class EngineCore:
             return "request id is in use"
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             return f"prompt token ids must be in [0, {vocab_size}), at least one"
-        if message.max_tokens < 1 or len(prompt) + message.max_tokens > self.info.context_length:
+        sampling = message.sampling
+        if any(not 0 <= token_id < vocab_size for token_id in (*sampling.logit_bias, *sampling.dry_sequence_breakers)):
+            return f"token ids of logit_bias and dry_sequence_breakers must be in [0, {vocab_size})"
+        if max(sampling.logprobs or 0, message.prompt_logprobs or 0) > MAX_TOP_LOGPROBS:
+            return f"logprobs and prompt_logprobs must be at most {MAX_TOP_LOGPROBS}"
+        is_too_short = message.max_tokens < (0 if message.prompt_logprobs is not None else 1)
+        if is_too_short or len(prompt) + message.max_tokens > self.info.context_length:
             return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
         return None

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 from mlx_server import wire
+from mlx_server.engine.sampling_state import SamplingState
 from mlx_server.sampling_params import SamplingParams
 
 
@@ -38,6 +39,7 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     sampling: SamplingParams
+    num_prompt_logprobs: int | None = None  # scores the prompt, with that many alternatives
     priority: int = 0  # lower ones are served first
     client: str = ""  # whose fair share it is
     cache_salt: str = ""  # shares cached prefixes with requests of the same salt only
@@ -63,6 +65,13 @@ class Request:
     started_s: float | None = None  # when its first tokens were scheduled
     first_token_s: float | None = None
     last_token_s: float | None = None
+    prompt_logprobs: list[wire.TokenLogprobs] = field(default_factory=list)  # of positions 1…, as far as scored
+    sampling_state: SamplingState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling_state = SamplingState(
+            self.sampling, self.prompt_token_ids, self.output_token_ids, self.end_token_ids
+        )
 
     @property
     def num_known_tokens(self) -> int:
@@ -84,7 +93,7 @@ class Request:
     @property
     def awaits_last_token(self) -> bool:
         """All tokens that it may generate are known or in flight: nothing is left to compute."""
-        return len(self.output_token_ids) + self.num_in_flight_tokens >= self.max_tokens
+        return len(self.output_token_ids) + self.num_in_flight_tokens >= max(self.max_tokens, 1)
 
     def known_tokens(self, start_pos: int, end_pos: int) -> list[int]:
         """Token ids of positions [start_pos, end_pos), as far as they are known."""

@@ -1,20 +1,47 @@
 """Batches on the device: the model, what it keeps of each request, and the sampler."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_server.engine.batch import Batch, BatchArrays, StepResult
 from mlx_server.engine.memory import MemoryPlan
 from mlx_server.engine.step_context import EngineStepContext, KVPools, RecurrentStates
 from mlx_server.models.base import Model
-from mlx_server.ops.sampling import sample
+from mlx_server.ops.sampling import Sampled, SampleTables, make_rows, sample
+from mlx_server.wire import TokenLogprobs
+
+# Prompt tokens scored at once: a step's logits of all of them may be larger than the model.
+_SCORED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     batch: Batch
-    token_ids: mx.array  # [R] uint32; R may be 0
+    num_scored: list[int]  # B
+    sampled: Sampled | None  # of R rows; None if R is 0
+    scores: Sampled | None  # of P prompt tokens; None if P is 0
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        wanted = [row.request.sampling.logprobs for row in self.batch.sampling_rows]
+        wanted_scores = [
+            row.request.num_prompt_logprobs
+            for row, count in zip(self.batch.rows, self.num_scored, strict=True)
+            for _ in range(count)
+        ]
+        scores = iter(_logprobs(self.scores, wanted_scores))
+        return StepResult(
+            self.batch,
+            self.sampled.token_ids.tolist() if self.sampled else [],  # type: ignore[arg-type]
+            _logprobs(self.sampled, wanted),
+            [[score for score in islice(scores, count) if score] for count in self.num_scored],
+        )
 
 
 class ModelRunner:
@@ -33,9 +60,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepResult | None:
         previous = self._in_flight
         self._in_flight = self._launch(batch, previous) if batch.rows else None
-        if previous is None:
-            return None
-        return StepResult(previous.batch, previous.token_ids.tolist())  # type: ignore[arg-type]
+        return previous.result() if previous else None
 
     def reset(self) -> None:
         self._in_flight = None
@@ -47,29 +72,65 @@ class ModelRunner:
 
     def _launch(self, batch: Batch, previous: _Step | None) -> _Step:
         arrays = BatchArrays.build(batch, previous.batch if previous else None, self._plan.block_size)
-        token_ids = mx.array(arrays.token_ids)  # [T]
-        if previous is not None and arrays.awaits_previous:
+        drawn = mx.zeros(0, mx.int32)
+        if previous is not None and previous.sampled is not None and arrays.awaits_previous:
             # An invalid token (its request fails when it is read back) must still be a row of the embedding.
-            drawn = mx.minimum(previous.token_ids, self._model.vocab_size - 1).astype(mx.int32)
+            drawn = mx.minimum(previous.sampled.token_ids, self._model.vocab_size - 1).astype(mx.int32)
+        hidden = self._forward(arrays, drawn)  # [T, hidden]
+        sampled = self._sample(hidden, arrays, drawn)
+        step = _Step(batch, arrays.num_scored, sampled, self._score(hidden, batch, arrays))
+        mx.async_eval(step.sampled, step.scores, self._pools.arrays, self._states.conv, self._states.state)
+        return step
+
+    def _forward(self, arrays: BatchArrays, drawn: mx.array) -> mx.array:
+        """The model's hidden states. `drawn`: the tokens of the step before."""
+        token_ids = mx.array(arrays.token_ids)  # [T]
+        if arrays.awaits_previous:
             token_ids = mx.concatenate([token_ids, drawn])[mx.array(arrays.token_sources)]
         self._states.copy(arrays.restored)
-        hidden = self._model(token_ids, EngineStepContext(self._pools, self._states, arrays))  # [T, hidden]
+        hidden = self._model(token_ids, EngineStepContext(self._pools, self._states, arrays))
         self._states.copy(arrays.saved)
-        if arrays.sampled.size:
-            drawn = self._sample(hidden, arrays)
-        else:
-            drawn = mx.zeros(0, mx.uint32)
-        mx.async_eval(drawn, self._pools.arrays, self._states.conv, self._states.state)
-        return _Step(batch, drawn)
+        return hidden
 
-    def _sample(self, hidden: mx.array, arrays: BatchArrays) -> mx.array:
+    def _sample(self, hidden: mx.array, arrays: BatchArrays, drawn: mx.array) -> Sampled | None:
+        """A token for each of the R sampling rows."""
+        if not arrays.sampled.size:
+            return None
+        sampling = arrays.sampling
+        history = mx.array(sampling.history)
+        if sampling.history_holes.size:
+            history[mx.array(sampling.history_holes)] = drawn[mx.array(sampling.hole_sources)]
+        tables = SampleTables(
+            bias_ids=mx.array(sampling.bias_ids),
+            bias_values=mx.array(sampling.bias_values),
+            history=history,
+            breakers=mx.array(sampling.breakers),
+        )
         logits = self._model.logits(hidden[mx.array(arrays.sampled)])  # [R, V]
-        return sample(
-            logits,
-            temperature=mx.array(arrays.temperature),
-            top_k=mx.array(arrays.top_k),
-            top_p=mx.array(arrays.top_p),
-            min_p=mx.array(arrays.min_p),
-            seed=mx.array(arrays.seed),
-            position=mx.array(arrays.sample_positions),
-        )  # [R]
+        return sample(logits, sampling.rows, tables)
+
+    def _score(self, hidden: mx.array, batch: Batch, arrays: BatchArrays) -> Sampled | None:
+        """Log-probabilities of the P prompt tokens that are scored."""
+        if not arrays.scored.size:
+            return None
+        wanted = np.repeat([row.request.num_prompt_logprobs or 0 for row in batch.rows], arrays.num_scored)
+        rows = make_rows(arrays.scored.size, given_token=arrays.scored_ids, num_logprobs=wanted)
+        parts = []
+        for begin in range(0, arrays.scored.size, _SCORED_ROWS):
+            part = slice(begin, begin + _SCORED_ROWS)
+            logits = self._model.logits(hidden[mx.array(arrays.scored[part])])
+            parts.append(sample(logits, rows[part]))
+        return Sampled(*(mx.concatenate(list(columns)) for columns in zip(*parts, strict=True)))
+
+
+def _logprobs(sampled: Sampled | None, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:
+    """Of each row; `wanted`: how many alternatives, or None for no log-probabilities."""
+    if sampled is None or all(count is None for count in wanted):
+        return [None] * len(wanted)
+    rows = zip(wanted, *map(np.array, (sampled.logprobs, sampled.top_ids, sampled.top_logprobs)), strict=True)
+    return [None if count is None else _token_logprobs(*columns) for count, *columns in rows]
+
+
+def _token_logprobs(logprob: float, top_ids: npt.NDArray[Any], top_logprobs: npt.NDArray[Any]) -> TokenLogprobs:
+    exists = top_logprobs > -np.inf
+    return TokenLogprobs(float(logprob), top_ids[exists].tolist(), top_logprobs[exists].tolist())

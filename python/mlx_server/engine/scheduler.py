@@ -233,11 +233,15 @@ class Scheduler:
         if result is None:
             return outputs
         self._clear_suspects(result.batch)
-        for row, token_id in zip(result.batch.sampling_rows, result.token_ids, strict=True):
+        for row, scores in zip(result.batch.rows, result.prompt_logprobs, strict=True):
+            if scores:
+                row.request.prompt_logprobs[row.start_pos :] = scores  # again, if it was preempted
+        drawn = zip(result.batch.sampling_rows, result.token_ids, result.logprobs, strict=True)
+        for row, token_id, logprobs in drawn:
             request = row.request
             request.num_in_flight_tokens -= 1
             if request.state is not RequestState.ENDED:
-                outputs.append((request.connection, self._append(request, token_id, now_s)))
+                outputs.append((request.connection, self._append(request, token_id, logprobs, now_s)))
         return outputs
 
     def fail(self, batches: list[Batch], code: str, message: str, now_s: float = 0.0) -> Outputs:
@@ -270,36 +274,39 @@ class Scheduler:
             if row.request in self._suspects and row.end_pos >= row.request.retry_until_pos:
                 self._suspects.remove(row.request)
 
-    def _append(self, request: Request, token_id: int, now_s: float) -> wire.RequestOutput:
+    def _append(
+        self, request: Request, token_id: int, logprobs: wire.TokenLogprobs | None, now_s: float
+    ) -> wire.RequestOutput:
         if token_id == INVALID_TOKEN:
             self.kv_cache.discard(request)
             self._end(request, "error", now_s)
             return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
-        request.output_token_ids.append(token_id)
+        is_first = not request.output_token_ids
+        prompt_logprobs = request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None
+        token_ids = [token_id] if request.max_tokens else []
+        request.output_token_ids += token_ids
         self._stats.on_token(request, now_s)
-        num_output = len(request.output_token_ids)
-        if token_id in request.end_token_ids:
-            self._end(request, "stop", now_s)
-            return wire.Finished(
-                request.request_id,
-                [],
-                "stop",
-                request.num_cached_tokens,
-                num_output,
-                stop_token_id=token_id,
-                timings=request.timings(),
-            )
-        if num_output == request.max_tokens:
-            self._end(request, "length", now_s)
-            return wire.Finished(
-                request.request_id,
-                [token_id],
-                "length",
-                request.num_cached_tokens,
-                num_output,
-                timings=request.timings(),
-            )
-        return wire.Tokens(request.request_id, [token_id])
+        reason: wire.FinishReason | None = None
+        stop_token_id: int | None = None
+        if request.max_tokens and token_id in request.end_token_ids:
+            reason, stop_token_id, token_ids = "stop", token_id, []
+        elif len(request.output_token_ids) == request.max_tokens:
+            reason = "length"
+        its_logprobs = None if logprobs is None else [logprobs][: len(token_ids)]
+        if reason is None:
+            return wire.Tokens(request.request_id, token_ids, its_logprobs, prompt_logprobs)
+        self._end(request, reason, now_s)
+        return wire.Finished(
+            request.request_id,
+            token_ids,
+            reason,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=len(request.output_token_ids),
+            stop_token_id=stop_token_id,
+            logprobs=its_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            timings=request.timings(),
+        )
 
     def _expire(self, now_s: float) -> Outputs:
         """End what nobody waits for any more."""

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from mlx_server import _ext
 
 INVALID_TOKEN = 0xFFFFFFFF  # of a row whose logits hold NaN or +infinity, or nothing finite
-MAX_TOP_LOGPROBS = 20
 
 # A row's parameters, as csrc/sampling/sample_row.h has them. Ranges are of the flat arrays, half open.
 ROW_DTYPE = np.dtype(
