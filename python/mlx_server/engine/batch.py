@@ -35,7 +35,7 @@ class BatchRow:
     def num_scored(self) -> int:
         """How many prompt tokens, from start_pos + 1 on, this part gives log-probabilities of."""
         request = self.request
-        if request.num_prompt_logprobs is None or request.output_token_ids:
+        if not request.scores_prompt:
             return 0
         return max(min(self.end_pos, len(request.prompt_token_ids) - 1) - self.start_pos, 0)
 

@@ -86,6 +86,11 @@ class Request:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Log-probabilities of its prompt are still to be sent."""
+        return self.num_prompt_logprobs is not None and not self.output_token_ids
+
+    @property
     def is_decoding(self) -> bool:
         """Only the newest token is still to compute."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1

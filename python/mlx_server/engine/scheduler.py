@@ -235,7 +235,8 @@ class Scheduler:
         self._clear_suspects(result.batch)
         for row, scores in zip(result.batch.rows, result.prompt_logprobs, strict=True):
             if scores:
-                row.request.prompt_logprobs[row.start_pos :] = scores  # again, if it was preempted
+                before = row.request.prompt_logprobs[: row.start_pos]  # more, if it was preempted
+                row.request.prompt_logprobs = before + scores
         drawn = zip(result.batch.sampling_rows, result.token_ids, result.logprobs, strict=True)
         for row, token_id, logprobs in drawn:
             request = row.request

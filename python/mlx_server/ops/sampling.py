@@ -117,7 +117,7 @@ def sample_fallback(logits: mx.array, rows: npt.NDArray[Any], tables: SampleTabl
 
 
 def _arguments(logits: mx.array, rows: npt.NDArray[Any]) -> tuple[mx.array, mx.array]:
-    return logits, mx.array(rows.view(np.uint32).reshape(len(rows), -1))
+    return logits, mx.array(rows.view(np.uint32).reshape(len(rows), ROW_DTYPE.itemsize // 4))
 
 
 def _table_arguments(tables: SampleTables, logits: mx.array) -> dict[str, mx.array]:
