@@ -1,9 +1,14 @@
 """Settings of a server, and what the supervisor hands to the processes that it starts."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+MEMORY_HELP = "an amount such as 8GB, 512MiB or 80% (of the device's memory), at least 1 MB"
+_MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?(%|[mgt]i?b)")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -21,7 +26,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()  # names that Host may have, beside this machine's own
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server
     strict: bool = False  # refuse fields that the API does not have
+    memory_limit: str | None = None  # of weights, caches and scratch together: `memory_bytes` reads it
+    max_queue: int = 128  # requests that may wait
     log_level: LogLevel = "info"
+
+
+def memory_bytes(text: str, total_bytes: int) -> int:
+    """An amount of memory such as `8GB`, `512MiB` or, of `total_bytes`, `80%`.
+
+    Raises:
+        ValueError: it is none, or not between 1 MB and 1 PB, or more than 100%.
+    """
+    found = _MEMORY.fullmatch(text.strip().lower())
+    if found is None:
+        raise ValueError(MEMORY_HELP)
+    number, unit = float(found[1]), found[2]
+    size = number / 100 * total_bytes if unit == "%" else number * _MEMORY_UNITS[unit]
+    if not 1e6 <= size <= 1e15 or (unit == "%" and number > 100):
+        raise ValueError(MEMORY_HELP)
+    return int(size)
 
 
 class ResolvedModel(msgspec.Struct, frozen=True):

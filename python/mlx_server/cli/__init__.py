@@ -11,7 +11,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from mlx_server.config import Settings
+from mlx_server.config import Settings, memory_bytes
 from mlx_server.errors import ModelLoadError, ServerError, SettingError
 
 
@@ -132,6 +132,11 @@ def _comma_separated(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text.strip() else ()
 
 
+def _memory(text: str) -> str:
+    memory_bytes(text, 2**40)
+    return text
+
+
 def _log_level(text: str) -> str:
     level = text.lower()
     if level not in ("debug", "info", "warning", "error"):
@@ -241,6 +246,20 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "Origins of web pages that may use this server (CORS), separated by commas; *: all.",
 )
 @_option("strict", "--strict", "MLX_SERVER_STRICT", _flag, "Refuse requests with fields that the API does not have.")
+@_option(
+    "memory_limit",
+    "--memory-limit",
+    "MLX_SERVER_MEMORY_LIMIT",
+    _memory,
+    "What weights, caches and scratch may take together, such as 8GB or 80%; by default most of what the device has.",
+)
+@_option(
+    "max_queue",
+    "--max-queue",
+    "MLX_SERVER_MAX_QUEUE",
+    _integer(1, _MAX_INT),
+    "Requests that may wait for their turn; more are refused with a 503, or a 429 if their client has too many.",
+)
 @_option("log_level", "--log-level", "MLX_SERVER_LOG", _log_level, "Least level to log: debug, info, warning or error.")
 @click.version_option(package_name="mlx-server")
 def _command(**settings: Any) -> Settings:

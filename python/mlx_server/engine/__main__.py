@@ -12,10 +12,9 @@ from mlx_server import status
 from mlx_server.config import Launch
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
-from mlx_server.engine.memory import plan_memory
-from mlx_server.engine.step_context import KVPools
+from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
 from mlx_server.engine.transport import EngineServer
-from mlx_server.engine.warm_up import warm_up
+from mlx_server.engine.warm_up import measure_step, warm_up
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
 
@@ -50,18 +49,16 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     pipe.send(status.Loading("weights"))
     begin = time.monotonic()
     model = load_model(launch.model.path)
-    plan = plan_memory(model)
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
-    core = make_engine_core(model, plan, model_name=launch.model.name)
+    limit, step_bytes = launch.settings.memory_limit, measure_step(model)
+    plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes)
+    use = memory_use(model, plan, limit=limit, step_bytes_per_token=step_bytes)
+    apply_limit(use)
+    core = make_engine_core(model, plan, model_name=launch.model.name, max_queue=launch.settings.max_queue)
     warm_up(core)
     core.reset_stats()
-    kv_bytes = plan.num_tokens * KVPools.bytes_per_token(model.kv_spec)
-    lines = {
-        "Context": f"{core.info.context_length:,} tokens",
-        "KV cache": f"up to {plan.num_tokens:,} tokens, {kv_bytes / 1e9:.1f} GB",
-    }
-    return core, lines
+    return core, {"Context": f"{core.info.context_length:,} tokens", "Memory": str(use)}
 
 
 if __name__ == "__main__":

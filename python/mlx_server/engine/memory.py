@@ -1,22 +1,51 @@
 """How large the KV pool and a step may be on this machine."""
 
+import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_server.config import memory_bytes
 from mlx_server.engine.step_context import KVPools, RecurrentStates
+from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import Model
+
+log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16  # tokens
 MAX_RUNNING = 32  # requests in a step
 MAX_SNAPSHOTS = 2 * MAX_RUNNING  # recurrent states of the past: one of each request's prompt, one of its answer
 SNAPSHOT_SHARE = 0.25  # of the memory that they share with the KV pool
 USEFUL_TOKENS = 64 * 1024  # a larger pool than this, or one whole context, helps nobody
-CPU_SHARE = 0.1  # of the machine's memory
-GPU_SHARE = 0.9  # of what the device recommends, weights included
+LEAST_TOKENS = 1024  # a smaller pool serves nobody
+CPU_SHARE = 0.7  # of the machine's memory
+GPU_SHARE = 0.9  # of what the device recommends or has free
+LOGITS_COPIES = 4  # of [MAX_RUNNING, V] float32, while tokens are drawn
+LEAST_CACHE_BYTES = 256 << 20  # of freed buffers that MLX may keep
 # A step's tokens: enough to keep the device busy, few enough that decodes beside a long prompt don't wait long.
 MAX_BATCH_TOKENS = {mx.cpu: 256, mx.gpu: 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Where the memory goes, in bytes."""
+
+    weights: int
+    kv_cache: int
+    states: int  # of recurrent layers, those of the past included
+    scratch: int  # of one step, at most
+    limit: int
+    num_tokens: int  # in the KV cache
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "KV": self.kv_cache, "states": self.states, "scratch": self.scratch}
+        total = sum(parts.values())
+        unit, name = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
+        shown = {part: f"{part} {size / unit:.1f}" for part, size in parts.items() if size}
+        shown["KV"] += f" ({self.num_tokens:,} tokens)"
+        return f"{' + '.join(shown.values())} = {total / unit:.1f} of {self.limit / unit:.1f} {name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +61,77 @@ class MemoryPlan:
         return self.num_blocks * self.block_size
 
 
-def plan_memory(model: Model) -> MemoryPlan:
-    """Size the pool for `model`, whose weights are loaded, on the default device."""
+def plan_memory(model: Model, *, limit: str | None = None, step_bytes_per_token: int = 0) -> MemoryPlan:
+    """Size the pool for `model`, whose weights are loaded, on the default device.
+
+    Args:
+        limit: what weights, caches and scratch may take together, such as 8GB or 80%; None: most of what is there.
+        step_bytes_per_token: of activations, see `warm_up.measure_step`.
+    Raises:
+        ModelLoadError: `limit` leaves no room for the KV cache.
+    """
+    max_batch_tokens = MAX_BATCH_TOKENS[mx.default_device().type]
+    scratch_bytes = _scratch_bytes(model, max_batch_tokens, step_bytes_per_token)
+    limit_bytes, weight_bytes = _limit_bytes(limit), mx.get_active_memory()
     slot_bytes = RecurrentStates.bytes_per_slot(model.state_spec)
-    budget_bytes = cache_budget_bytes() - MAX_RUNNING * slot_bytes
+    block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec)
+    budget_bytes = limit_bytes - weight_bytes - scratch_bytes - MAX_RUNNING * slot_bytes
     num_snapshots = max(min(MAX_SNAPSHOTS, int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0) if slot_bytes else 0
     budget_bytes -= num_snapshots * slot_bytes
-    block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec)
     useful_blocks = max(model.context_length, USEFUL_TOKENS) // BLOCK_SIZE
-    return MemoryPlan(
-        num_blocks=max(min(useful_blocks, budget_bytes // block_bytes), 1),
-        max_batch_tokens=MAX_BATCH_TOKENS[mx.default_device().type],
-        num_snapshots=num_snapshots,
+    least_blocks = min(model.context_length, LEAST_TOKENS) // BLOCK_SIZE
+    num_blocks = min(useful_blocks, budget_bytes // block_bytes)
+    if num_blocks < least_blocks:
+        needed_bytes = limit_bytes - budget_bytes + least_blocks * block_bytes
+        fault = (
+            f"The model needs {needed_bytes / 1e9:.1f} GB with the smallest KV cache, and {limit_bytes / 1e9:.1f} GB"
+        )
+        if limit is not None:
+            raise ModelLoadError(f"{fault} is the --memory-limit: raise it, or take a smaller or more quantized model.")
+        log.warning("%s should be used on this machine: it may become slow, or run out of memory", fault)
+    return MemoryPlan(max(num_blocks, least_blocks), BLOCK_SIZE, max_batch_tokens, MAX_RUNNING, num_snapshots)
+
+
+def memory_use(model: Model, plan: MemoryPlan, *, limit: str | None = None, step_bytes_per_token: int = 0) -> MemoryUse:
+    """What `plan` takes. Call it before the pools are made, with what `plan_memory` was given."""
+    num_slots = plan.max_running + plan.num_snapshots
+    return MemoryUse(
+        weights=mx.get_active_memory(),
+        kv_cache=plan.num_tokens * KVPools.bytes_per_token(model.kv_spec),
+        states=num_slots * RecurrentStates.bytes_per_slot(model.state_spec),
+        scratch=_scratch_bytes(model, plan.max_batch_tokens, step_bytes_per_token),
+        limit=_limit_bytes(limit),
+        num_tokens=plan.num_tokens,
     )
 
 
-def cache_budget_bytes() -> int:
-    """What KV pool and recurrent states may take: a share of RAM on the CPU, of what the weights leave on a GPU."""
+def apply_limit(use: MemoryUse) -> None:
+    """Tell MLX, which otherwise keeps any amount of freed buffers on a GPU."""
+    if mx.default_device().type == mx.gpu:
+        mx.set_memory_limit(use.limit)
+        mx.set_cache_limit(max(2 * use.scratch, LEAST_CACHE_BYTES))
+
+
+def _scratch_bytes(model: Model, max_batch_tokens: int, step_bytes_per_token: int) -> int:
+    return max_batch_tokens * step_bytes_per_token + LOGITS_COPIES * MAX_RUNNING * model.vocab_size * mx.float32.size
+
+
+def _limit_bytes(limit: str | None) -> int:
+    """`limit`, or the default, of the default device."""
     if mx.default_device().type == mx.cpu:
-        return int(CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    info = mx.device_info()
-    total = info.get("max_recommended_working_set_size") or info["total_memory"]  # Metal, else CUDA
-    return int(GPU_SHARE * int(total)) - mx.get_active_memory()
+        total = _machine_bytes()
+        default = int(CPU_SHARE * total)
+    else:
+        info = mx.device_info()
+        total = int(info.get("max_recommended_working_set_size") or info["total_memory"])  # Metal, else CUDA
+        free = int(info.get("free_memory", total))  # CUDA: other programs may use the device too
+        default = int(GPU_SHARE * min(total, free + mx.get_active_memory()))
+    return default if limit is None else memory_bytes(limit, total)
+
+
+def _machine_bytes() -> int:
+    """The memory that this process may use: the machine's, or its container's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    container = Path("/sys/fs/cgroup/memory.max")  # cgroup v2
+    text = container.read_text().strip() if container.exists() else ""
+    return min(total, int(text)) if text.isdigit() else total
