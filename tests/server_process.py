@@ -98,13 +98,13 @@ class ServerProcess:
         self._seen |= {process.pid: process for process in found}
         return found
 
-    def child(self, word: str, other_than: psutil.Process | None = None) -> psutil.Process:
+    def child(self, word: str, other_than: psutil.Process | None = None, deadline_s: float = 20.0) -> psutil.Process:
         """The child whose command has `word`: the first one, without its own children."""
 
         def find() -> psutil.Process | None:
             return next((p for p in self.processes(word, recursive=False) if p != other_than), None)
 
-        return until(find, f"a child process {word}")
+        return until(find, f"a child process {word}", deadline_s)
 
     def signal(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)

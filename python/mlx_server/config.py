@@ -1,6 +1,7 @@
 """Settings of a server, and what the supervisor hands to the processes that it starts."""
 
 import re
+import signal
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,9 @@ import msgspec
 
 MEMORY_HELP = "an amount such as 8GB, 512MiB or 80% (of the device's memory), at least 1 MB"
 _MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?(%|[mgt]i?b)")
+_MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) ?(%|[mgt]i?b)")
+
+STACKS_SIGNAL = signal.SIGUSR2  # lets the engine write what its threads are doing to its log
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 

@@ -22,6 +22,8 @@ SETTINGS = [
     ("--timeout", "MLX_SERVER_TIMEOUT", "timeout_s", "0.5", 0.5),
     ("--allowed-hosts", "MLX_SERVER_ALLOWED_HOSTS", "allowed_hosts", "a.example, b", ("a.example", "b")),
     ("--allowed-origins", "MLX_SERVER_ALLOWED_ORIGINS", "allowed_origins", "http://a:1,*", ("http://a:1", "*")),
+    ("--memory-limit", "MLX_SERVER_MEMORY_LIMIT", "memory_limit", "8GB", "8GB"),
+    ("--max-queue", "MLX_SERVER_MAX_QUEUE", "max_queue", "7", 7),
     ("--log-level", "MLX_SERVER_LOG", "log_level", "DEBUG", "debug"),
 ]
 # Flags without a value: flag, variable, field.
@@ -37,6 +39,12 @@ WRONG = [
     ("--timeout", "MLX_SERVER_TIMEOUT", ["0", "-1", "nan", "inf", "1e300", "soon"]),
     ("--allowed-hosts", "MLX_SERVER_ALLOWED_HOSTS", ["a b", "http://a", "a:80", "a,,b"]),
     ("--allowed-origins", "MLX_SERVER_ALLOWED_ORIGINS", ["localhost", "http://a/", "http://a b", ",", "HTTP://A"]),
+    (
+        "--memory-limit",
+        "MLX_SERVER_MEMORY_LIMIT",
+        ["", "8", "GB", "-1GB", "0GB", "101%", "1e3GB", "8 giga", "9" * 5000],
+    ),
+    ("--max-queue", "MLX_SERVER_MAX_QUEUE", ["0", "-1", "many"]),
     ("--log-level", "MLX_SERVER_LOG", ["", "loud"]),
 ]
 

@@ -94,6 +94,20 @@ def test_processes_that_are_killed_come_back():
         server.assert_nothing_left()
 
 
+def test_an_engine_that_stands_still_is_replaced():
+    with start() as server, connect(server) as client:
+        engine = server.child("mlx_server.engine")
+        chunks = long_stream(client, 4000)
+        begin(chunks)
+        engine.suspend()
+        until(lambda: health(server) == 503, "health says so", 15)
+        with pytest.raises(APIError):
+            list(chunks)
+        assert refusal(client) is not None
+        server.child("mlx_server.engine", other_than=engine, deadline_s=90)
+        until(lambda: refusal(client) is None, "an answer of the new engine", 60)
+
+
 def test_ctrl_c_lets_a_stream_finish():
     with start() as server, connect(server) as client:
         server.url()

@@ -1,10 +1,11 @@
 """Stand-ins for the supervisor's children: `standin.py fetch|engine|api` and the arguments that the real ones get.
 
 The model's name says what they do: `no-such-model`, `endless-download`, `endless-load`, `broken-model`, `crash`,
-`crash-api`; anything else works.
+`crash-api`, `hang`; anything else works.
 """
 
 import argparse
+import faulthandler
 import os
 import signal
 import socket
@@ -13,7 +14,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from mlx_server.config import Launch, ResolvedModel
+from mlx_server.config import STACKS_SIGNAL, Launch, ResolvedModel
+from mlx_server.pulse import Pulse
 from mlx_server.status import Failed, Loading, Ready, Resolved, StatusPipe, end_with_supervisor
 
 
@@ -24,7 +26,7 @@ def fetch(model: str, status: StatusPipe) -> None:
     status.send(Failed("there is no such model") if model == "no-such-model" else Resolved(ResolvedModel(model, "/x")))
 
 
-def engine(model: str, status: StatusPipe) -> None:
+def engine(model: str, status: StatusPipe, run_dir: Path) -> None:
     status.send(Loading("weights"))
     if model == "endless-load":
         signal.pause()
@@ -34,6 +36,11 @@ def engine(model: str, status: StatusPipe) -> None:
         os._exit(7)
     else:
         status.send(Ready({"Context": "7 tokens"}))
+    if model == "hang":
+        faulthandler.register(STACKS_SIGNAL)
+        Pulse(run_dir).beat(slowest_step_s=0.0)
+        while True:
+            signal.pause()
     signal.pause()
 
 
@@ -81,7 +88,7 @@ def main() -> None:
     end_with_supervisor(run_dir)
     model = Launch.read(run_dir).model.name
     if args.role == "engine":
-        engine(model, StatusPipe(args.status_fd))
+        engine(model, StatusPipe(args.status_fd), run_dir)
     else:
         api(model, args.fd)
 

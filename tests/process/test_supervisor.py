@@ -221,3 +221,13 @@ def test_pauses_before_restarts_grow_and_start_again_after_a_minute():
     assert [backoff.pause_s(0) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
     assert backoff.pause_s(61) == 0.5
     assert backoff.pause_s(3) == 1
+
+
+def test_an_engine_that_hangs_shows_its_stacks_and_is_replaced():
+    with start("hang") as server:
+        server.url()
+        engine = server.child("engine")
+        server.child("engine", other_than=engine)
+        assert "the engine has made no step" in server.err
+        assert re.search(r"File .*standin.py.*in engine", server.err)
+        assert "signal SIGKILL" in server.err

@@ -6,6 +6,7 @@ from mlx_server.api.rate_limit import RateLimiter
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.engine_client import EngineClient
 from mlx_server.errors import ModelNotFoundError
+from mlx_server.pulse import Pulse
 
 _DEFAULT_NAME = "default"
 
@@ -23,6 +24,7 @@ class Deps:
     allowed_origins: tuple[str, ...] = ()  # of web pages
     strict: bool = False  # a field that the API does not have is an error
     rate_limiter: RateLimiter | None = None
+    pulse: Pulse | None = None  # of the engine's loop
 
     def check_model(self, name: str) -> None:
         """ModelNotFoundError unless `name` is the served name, its last path part or "default"."""

@@ -7,6 +7,11 @@ import msgspec
 
 from mlx_server.api.deps import Deps
 from mlx_server.api.openapi import Operation
+from mlx_server.errors import OverloadedError
+
+# An engine whose loop stands still for so long, and for that many of its slowest steps, may hang.
+LATE_S = 4
+LATE_STEPS = 4
 
 
 class HealthAnswer(msgspec.Struct):
@@ -18,7 +23,7 @@ class RootAnswer(msgspec.Struct):
 
 
 class Health:
-    """200 when a request would be taken now; 503 while the engine starts."""
+    """200 when a request would be taken now; 503 while the engine starts or stands still."""
 
     operations: ClassVar = {
         "GET": Operation(summary="Whether a request would be taken now", answer=HealthAnswer, needs_key=False)
@@ -29,6 +34,8 @@ class Health:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._deps.engine.info()
+        if self._deps.pulse is not None and self._deps.pulse.is_late(LATE_S, LATE_STEPS):
+            raise OverloadedError("The engine does not respond.", code="engine_stuck", retry_after_s=LATE_S)
         resp.content_type = "application/json"
         resp.data = msgspec.json.encode(HealthAnswer())
 

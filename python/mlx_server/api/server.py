@@ -52,6 +52,7 @@ from mlx_server.api.rate_limit import RateLimiter
 from mlx_server.chat.served_model import ServedModel, load_served_model
 from mlx_server.config import Launch, ResolvedModel
 from mlx_server.engine_client import EngineClient
+from mlx_server.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Server(BaseApplication):  # type: ignore[misc]
                 allowed_origins=settings.allowed_origins,
                 strict=settings.strict,
                 rate_limiter=limiter,
+                pulse=Pulse(self._run_dir),
             )
         )
 

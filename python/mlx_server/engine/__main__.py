@@ -1,6 +1,7 @@
 """The engine process: `python -m mlx_server.engine RUN_DIR --status-fd N`, started by the supervisor."""
 
 import argparse
+import faulthandler
 import logging
 import signal
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from mlx_server import log as logs
 from mlx_server import status
-from mlx_server.config import Launch
+from mlx_server.config import STACKS_SIGNAL, Launch
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
@@ -17,6 +18,7 @@ from mlx_server.engine.transport import EngineServer
 from mlx_server.engine.warm_up import measure_step, warm_up
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
+from mlx_server.pulse import Pulse
 
 log = logging.getLogger("mlx_server.engine")  # __name__ is "__main__" here
 
@@ -32,6 +34,8 @@ def main() -> int:
     logs.configure(launch.settings.log_level, "engine")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     status.end_with_supervisor(args.run_dir)
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL)
     pipe = status.StatusPipe(args.status_fd)
     try:
         core, lines = start(launch, pipe)
@@ -40,7 +44,7 @@ def main() -> int:
         return EXIT_MODEL_ERROR
     server = EngineServer(core, launch.engine_address)
     pipe.send(status.Ready(lines))
-    server.run()
+    server.run(Pulse(args.run_dir))
     return 0
 
 

@@ -57,6 +57,7 @@ class EngineCore:
         self._stats = stats or EngineStats()
         self._clock = clock
         self._launching: Batch | None = None
+        self.slowest_step_s = 0.0  # of all so far, the warm-up's too
         self._device_free_s = 0.0  # when the step in flight could begin
         self.info = info
 
@@ -69,6 +70,7 @@ class EngineCore:
         self._launching = batch = self._scheduler.schedule(start_s)
         previous = self._runner.run(batch)
         end_s = self._clock()
+        self.slowest_step_s = max(self.slowest_step_s, end_s - start_s)
         self._observe(previous, start_s, end_s)
         return self._scheduler.update(previous, end_s)
 

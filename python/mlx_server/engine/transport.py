@@ -10,6 +10,7 @@ import zmq
 from mlx_server import wire
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.scheduler import Outputs
+from mlx_server.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ class EngineServer:
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def run(self) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Serve until a signal ends the process."""
         while True:
-            self.serve_once()
+            pulse.beat(self._core.slowest_step_s)
+            self.serve_once(timeout_ms=int(1000 * pulse.IDLE_S))
 
-    def serve_once(self, timeout_ms: int | None = None) -> None:
-        """Take in what has arrived, waiting for it (None: for ever) if there is nothing else to do; then one step."""
+    def serve_once(self, timeout_ms: int) -> None:
+        """Take in what has arrived, waiting for it if there is nothing else to do; then one step."""
         if self._socket.poll(0 if self._core.has_work else timeout_ms):
             self._receive_all()
         if self._core.has_work:

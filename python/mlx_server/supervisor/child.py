@@ -64,6 +64,10 @@ class Child:
             _log.warning("the %s process did not end within %.0f s and is killed", self.name, grace_s)
             await self.kill()
 
+    def send_signal(self, signum: signal.Signals) -> None:
+        if self.is_alive:
+            self._process.send_signal(signum)
+
     async def kill(self) -> None:
         self.send_kill()
         await self.wait()

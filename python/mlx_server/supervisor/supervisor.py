@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 
 from mlx_server import log
-from mlx_server.config import Launch, ResolvedModel, Settings
+from mlx_server.config import STACKS_SIGNAL, Launch, ResolvedModel, Settings
 from mlx_server.errors import ModelLoadError, ServerError
+from mlx_server.pulse import Pulse
 from mlx_server.status import Failed, Loading, Ready, Resolved
 from mlx_server.supervisor.child import Child, Children
 from mlx_server.supervisor.listener import StartError, answers, bind, client_url, is_loopback
@@ -27,6 +28,11 @@ _log = logging.getLogger(__name__)
 DRAIN_S = 30.0  # the API process ends by itself after this time; it gets some seconds more before it is killed
 DRAIN_MARGIN_S = 5.0
 ENGINE_GRACE_S = 5.0
+# An engine whose loop stands still for so long, and for that many of its slowest steps, hangs.
+HANG_S = 30.0
+HANG_STEPS = 10
+WATCH_INTERVAL_S = 1.0
+NUM_LATE = 3  # times in a row that it must look so: after a pause of the whole machine all look late, but once
 HEALTH_INTERVAL_S = 0.1
 MAX_SOCKET_PATH_BYTES = 100  # macOS has 104
 
@@ -98,6 +104,7 @@ class Supervisor:
         self._listener = listener
         self._run_dir = run_dir
         self._children = Children(run_dir)
+        self._pulse = Pulse(run_dir)
         self._engine: Child | None = None
         self._api: Child | None = None
         self._screen = Screen()
@@ -208,7 +215,9 @@ class Supervisor:
         backoff = Backoff()
         ready_s = clock()
         while True:
+            watch = asyncio.create_task(self._watch(self._engine))
             end = await self._engine.wait()
+            watch.cancel()
             pause_s = backoff.pause_s(uptime_s=clock() - ready_s)
             _log.error("the engine process ended with %s; it starts again in %.1f s", end, pause_s)
             await asyncio.sleep(pause_s)
@@ -218,6 +227,17 @@ class Supervisor:
             except (ServerError, OSError) as error:
                 _log.error("the engine could not be started again: %s", error)
             ready_s = clock()
+
+    async def _watch(self, engine: Child) -> None:
+        """End the engine if it hangs."""
+        num_late = 0
+        while num_late < NUM_LATE:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            num_late = num_late + 1 if self._pulse.is_late(HANG_S, HANG_STEPS) else 0
+        _log.error("the engine has made no step for %.0f s; it is killed, these are its stacks", HANG_S)
+        engine.send_signal(STACKS_SIGNAL)
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        engine.send_kill()
 
     async def _keep_api(self) -> None:
         clock = asyncio.get_running_loop().time
