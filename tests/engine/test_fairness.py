@@ -1,5 +1,6 @@
 """Who is served when there is not enough for all: priorities, shares of clients, bounds of the queue, deadlines."""
 
+import msgspec
 import pytest
 
 from engine.test_scheduler import API, Collector, make_core, make_submit
@@ -173,3 +174,14 @@ def test_finished_says_where_the_time_went() -> None:
     end = collector.ends["a"]
     assert isinstance(end, wire.Finished)
     assert end.timings == wire.Timings(queue_s=5.0, prefill_s=1.0, decode_s=2.0)
+
+
+def test_progress_is_told_after_each_part_of_a_prompt() -> None:
+    core, _ = make_core(max_batch_tokens=8)
+    message = make_submit("a", list(range(20)), 2)
+    submit_all(core, msgspec.structs.replace(message, progress=True), make_submit("b", [1], 2))
+    outputs = []
+    while core.has_work:
+        outputs += [output for _, output in core.step() if output.request_id == "a"]
+    assert [o.num_computed_tokens for o in outputs if isinstance(o, wire.Progress)] == [8, 16, 20]
+    assert [type(output) for output in outputs[-2:]] == [wire.Tokens, wire.Finished]

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.test_scheduler import API, Collector
+from engine.test_scheduler import API, Collector, run_with_failures
 from mlx_server import wire
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
@@ -127,3 +127,34 @@ def test_invalid_logits_end_their_own_request_only(model, fixture) -> None:
     failed = collector.ends["poisoned"]
     assert isinstance(failed, wire.Failed) and failed.code == "invalid_logits"
     assert collector.tokens["neighbour"] == fixture["greedy"]
+
+
+class OutOfMemory:
+    """The model, which at its call number `at` finds no memory."""
+
+    def __init__(self, model: Model, at: int) -> None:
+        self._model, self._calls_left = model, at
+        self.kv_spec, self.state_spec = model.kv_spec, model.state_spec
+        self.context_length, self.vocab_size = model.context_length, model.vocab_size
+
+    def __call__(self, token_ids, ctx):
+        hidden = self._model(token_ids, ctx)  # KV pools are handed on by now
+        self._calls_left -= 1
+        if self._calls_left == 0:
+            raise MemoryError("std::bad_alloc")
+        return hidden
+
+    def logits(self, hidden):
+        return self._model.logits(hidden)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 20])
+def test_a_step_without_memory_costs_no_request(model, at) -> None:
+    messages = seeded(model)
+    alone = generate(make_core(model), *messages)
+    core = make_core(OutOfMemory(model, at))
+    collector = Collector()
+    for message in messages:
+        assert core.submit(API, message) is None
+    run_with_failures(core, collector, MemoryError)
+    assert collector.tokens == alone

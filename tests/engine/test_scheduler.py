@@ -248,7 +248,7 @@ def test_bad_submit_is_refused(message: wire.Submit, fault: str) -> None:
     assert not core.has_work
 
 
-def run_with_failures(core: EngineCore, collector: Collector) -> None:
+def run_with_failures(core: EngineCore, collector: Collector, fault: type[Exception] = RuntimeError) -> None:
     """Until idle, as the transport does it."""
     for _ in range(10_000):
         if not core.has_work:
@@ -256,7 +256,7 @@ def run_with_failures(core: EngineCore, collector: Collector) -> None:
             return
         try:
             collector.take(core.step())
-        except RuntimeError:
+        except fault:
             collector.take(core.fail_step())
     raise AssertionError("not idle")
 

@@ -40,6 +40,11 @@ class BatchRow:
         return max(min(self.end_pos, len(request.prompt_token_ids) - 1) - self.start_pos, 0)
 
     @property
+    def is_prompt(self) -> bool:
+        """Some of it is part of the prompt."""
+        return self.start_pos < len(self.request.prompt_token_ids)
+
+    @property
     def is_decode(self) -> bool:
         """The request's newest token alone."""
         return self.samples and self.num_tokens == 1 and self.start_pos > 0

@@ -98,6 +98,7 @@ class EngineCore:
             num_prompt_logprobs=message.prompt_logprobs,
             priority=message.priority,
             client=message.client,
+            progress=message.progress,
             cache_salt=message.cache_salt,
             arrived_s=now_s,
             deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,

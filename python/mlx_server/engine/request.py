@@ -42,6 +42,7 @@ class Request:
     num_prompt_logprobs: int | None = None  # scores the prompt, with that many alternatives
     priority: int = 0  # lower ones are served first
     client: str = ""  # whose fair share it is
+    progress: bool = False  # its owner wants to know how much of the prompt is computed
     cache_salt: str = ""  # shares cached prefixes with requests of the same salt only
     arrived_s: float = 0.0  # this and the other times: seconds of the engine's monotonic clock
     deadline_s: float = math.inf

@@ -64,6 +64,8 @@ class ModelRunner:
 
     def reset(self) -> None:
         self._in_flight = None
+        del self._pools, self._states  # before new ones are made: memory may be what failed
+        mx.clear_cache()
         self._allocate()
 
     def _allocate(self) -> None:

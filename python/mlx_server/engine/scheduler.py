@@ -233,6 +233,11 @@ class Scheduler:
         if result is None:
             return outputs
         self._clear_suspects(result.batch)
+        outputs += [
+            (row.request.connection, _progress(row))
+            for row in result.batch.rows
+            if row.request.progress and row.is_prompt and row.request.state is not RequestState.ENDED
+        ]
         for row, scores in zip(result.batch.rows, result.prompt_logprobs, strict=True):
             if scores:
                 before = row.request.prompt_logprobs[: row.start_pos]  # more, if it was preempted
@@ -342,3 +347,10 @@ class Scheduler:
         if not self._by_id:
             assert not self._running and not self._queue and not self._suspects
             self.kv_cache.check_all_free()
+
+
+def _progress(row: BatchRow) -> wire.Progress:
+    num_prompt = len(row.request.prompt_token_ids)
+    return wire.Progress(
+        row.request.request_id, num_prompt, row.request.num_cached_tokens, min(row.end_pos, num_prompt)
+    )

@@ -74,8 +74,8 @@ class EngineStats(Collector):
     def reset(self) -> None:
         """Begin at zero again."""
         self.num_preemptions = 0
-        self.num_prefix_queries = 0  # prompt tokens that were looked up
-        self.num_prefix_hits = 0  # of these, found
+        self._num_prefix_queries = 0  # prompt tokens that were looked up
+        self._num_prefix_hits = 0  # of these, found
         self._num_failed_steps = 0
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
@@ -104,8 +104,8 @@ class EngineStats(Collector):
             request.first_token_s = now_s
             self._ttft.observe(now_s - request.arrived_s)
             self._num_prompt_tokens += len(request.prompt_token_ids)
-            self.num_prefix_queries += len(request.prompt_token_ids)
-            self.num_prefix_hits += request.num_cached_tokens
+            self._num_prefix_queries += len(request.prompt_token_ids)
+            self._num_prefix_hits += request.num_cached_tokens
         else:
             self._inter_token.observe(now_s - request.last_token_s)
         request.last_token_s = now_s
@@ -164,8 +164,8 @@ class EngineStats(Collector):
             ("vllm:prompt_tokens", "Prompt tokens of requests that gave a token.", self._num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", self._num_output_tokens),
             ("vllm:num_preemptions", "Times a request gave way to another.", self.num_preemptions),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", self.num_prefix_queries),
-            ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", self.num_prefix_hits),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", self._num_prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", self._num_prefix_hits),
             ("mlx_server:prefill_tokens", "Tokens computed as part of a prompt.", self._num_prefill_tokens),
             ("mlx_server:decode_tokens", "Tokens computed one a step.", self._num_decode_tokens),
             ("mlx_server:failed_steps", "Steps that could not be computed.", self._num_failed_steps),
