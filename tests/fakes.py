@@ -3,6 +3,7 @@
 import numpy as np
 
 from mlx_server.engine.batch import Batch, BatchArrays, SlotCopies, StepResult
+from mlx_server.ops.sampling import INVALID_TOKEN
 
 FAKE_VOCAB_SIZE = 1000
 
@@ -39,6 +40,7 @@ class FakeRunner:
         self.window = window
         self.fail_at: set[int] = set()  # steps that fail
         self.poison: set[str] = set()  # requests that let each step fail that they take part in
+        self.invalid: set[str] = set()  # requests for which no token can be drawn
         self.num_steps = 0
         self._in_flight: tuple[Batch, list[int]] | None = None
 
@@ -65,7 +67,8 @@ class FakeRunner:
 
     def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[int]) -> list[int]:
         arrays = BatchArrays.build(batch, previous, self.block_size)
-        fed = np.concatenate([arrays.token_ids, np.array(previous_tokens, np.int32)])[arrays.token_sources]
+        previous_ids = np.minimum(np.array(previous_tokens, np.int64), FAKE_VOCAB_SIZE - 1)
+        fed = np.concatenate([arrays.token_ids, previous_ids])[arrays.token_sources]
         self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
         self._copy_states(arrays.restored)
         ends = np.cumsum(arrays.query_lens)
@@ -76,7 +79,8 @@ class FakeRunner:
             self.states[arrays.slots[i]] = fake_state(its_tokens, row.start_pos, state)
             if row.samples:
                 seed = int(arrays.sampling.rows["seed"][len(drawn)])
-                drawn.append(self._next_token(arrays, i, seed))
+                invalid = row.request.request_id in self.invalid
+                drawn.append(INVALID_TOKEN if invalid else self._next_token(arrays, i, seed))
         self._copy_states(arrays.saved)
         return drawn
 

@@ -72,6 +72,19 @@ def test_a_conversation_goes_on(client):
     assert "Zanzibar" in text_of(complete(client, messages))
 
 
+def test_a_second_turn_is_cached(client):
+    messages = [{"role": "user", "content": "Tell me about kangaroos. " * 20}]
+    first = complete(client, messages, max_tokens=40)
+    messages += [{"role": "assistant", "content": text_of(first)}, {"role": "user", "content": "Go on."}]
+    second = complete(client, messages)
+    cached = [completion.usage.prompt_tokens_details.cached_tokens for completion in (first, second)]
+    assert cached[0] < 30  # the template's own beginning, which other requests share
+    assert first.usage.prompt_tokens < cached[1] < second.usage.prompt_tokens
+    stream = complete(client, messages, stream=True, stream_options={"include_usage": True})
+    *_, last = stream
+    assert last.usage.prompt_tokens_details.cached_tokens > cached[1]
+
+
 def test_models_are_listed_under_the_names_that_are_taken(client):
     [model] = client.models.list().data
     assert model.id == "demo"
