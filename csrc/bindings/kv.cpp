@@ -31,9 +31,11 @@ Not thread safe.)")
           "retain", [](BlockPool& pool, const std::vector<BlockId>& ids) { pool.retain(ids); }, nb::arg("ids"),
           "One more owner for each id. IndexError for an id outside the pool, ValueError for a free block.")
       .def(
-          "release", [](BlockPool& pool, const std::vector<BlockId>& ids) { pool.release(ids); }, nb::arg("ids"),
-          "One owner less for each id; of those that become idle, the last is evicted last. IndexError for an id "
-          "outside the pool, ValueError for a block without owner left.")
+          "release",
+          [](BlockPool& pool, const std::vector<BlockId>& ids, std::string_view client) { pool.release(ids, client); },
+          nb::arg("ids"), nb::arg("client") = "",
+          "One owner less for each id; of those that become idle, the last is the client's last to be evicted. "
+          "IndexError for an id outside the pool, ValueError for a block without owner left.")
       .def("ref_count", &BlockPool::ref_count, nb::arg("id"), "Owners of a block, 0 if it is free or idle. IndexError.")
       .def("is_cached", &BlockPool::is_cached, nb::arg("id"), "Whether a block is in a tree. IndexError.")
       .def_prop_ro("num_blocks", &BlockPool::num_blocks)
@@ -66,8 +68,9 @@ are compared, not only their hashes. The tree owns no block: whoever uses one re
           "block for these tokens: `block` or one that was there before; None if `after` has left the tree. "
           "ValueError for another number of tokens, a block that nobody owns or that is elsewhere in the tree.")
       .def("evict", &PrefixTree::evict, nb::arg("n"),
-           "Takes idle blocks out, the one released longest ago first, and what follows on them, until n more are free "
-           "or none is idle; the blocks that left the tree.")
+           "Takes idle blocks out, and what follows on them, until n more are free or none is idle: first the one that "
+           "was "
+           "released longest ago of the client with the most. The blocks that left the tree.")
       .def("remove", &PrefixTree::remove, nb::arg("block"),
            "Takes a block out, and what follows on it; the blocks that left the tree. IndexError.")
       .def("clear", &PrefixTree::clear, "Takes all blocks out.")

@@ -17,12 +17,11 @@ std::vector<std::int32_t> no_owners(BlockId num_blocks) {
 }  // namespace
 
 BlockPool::BlockPool(BlockId num_blocks)
-    : ref_counts_(no_owners(num_blocks)), cached_(ref_counts_.size(), false), idle_(ref_counts_.size() + 1) {
+    : ref_counts_(no_owners(num_blocks)), cached_(ref_counts_.size(), false), idle_(num_blocks) {
   free_.reserve(ref_counts_.size());
   for (BlockId id = num_blocks - 1; id >= 0; --id) {
     free_.push_back(id);
   }
-  idle_.back() = {num_blocks, num_blocks};
 }
 
 std::optional<std::vector<BlockId>> BlockPool::allocate(BlockId n) {
@@ -48,12 +47,12 @@ void BlockPool::retain(std::span<const BlockId> ids) {
   }
   for (BlockId id : ids) {
     if (ref_counts_[id]++ == 0) {
-      remove_idle(id);
+      idle_.remove(id);
     }
   }
 }
 
-void BlockPool::release(std::span<const BlockId> ids) {
+void BlockPool::release(std::span<const BlockId> ids, std::string_view client) {
   for (BlockId id : ids) {
     check_in_range(id);
   }
@@ -72,7 +71,7 @@ void BlockPool::release(std::span<const BlockId> ids) {
   }
   for (BlockId id : without_owner) {
     if (cached_[id]) {
-      append_idle(id);
+      idle_.append(id, client);
     } else {
       free_.push_back(id);
     }
@@ -88,14 +87,10 @@ void BlockPool::cache(BlockId id) {
 
 void BlockPool::uncache(BlockId id) {
   if (is_cached(id) && ref_counts_[id] == 0) {
-    remove_idle(id);
+    idle_.remove(id);
     free_.push_back(id);
   }
   cached_[id] = false;
-}
-
-std::optional<BlockId> BlockPool::oldest_idle() const {
-  return num_idle_ == 0 ? std::nullopt : std::optional(idle_.back().newer);
 }
 
 std::int32_t BlockPool::ref_count(BlockId id) const {
@@ -108,40 +103,9 @@ bool BlockPool::is_cached(BlockId id) const {
   return cached_[id];
 }
 
-void BlockPool::append_idle(BlockId id) {
-  Links& ends = idle_.back();
-  idle_[id] = {ends.older, num_blocks()};
-  idle_[ends.older].newer = id;
-  ends.older = id;
-  ++num_idle_;
-}
-
-void BlockPool::remove_idle(BlockId id) {
-  idle_[idle_[id].older].newer = idle_[id].newer;
-  idle_[idle_[id].newer].older = idle_[id].older;
-  --num_idle_;
-}
-
-std::vector<bool> BlockPool::listed_as_idle() const {
-  std::vector<bool> is_idle(ref_counts_.size(), false);
-  BlockId num_listed = 0;
-  for (BlockId id = idle_.back().newer; id != num_blocks(); id = idle_[id].newer) {
-    if (is_idle[id] || idle_[idle_[id].newer].older != id) {
-      throw std::logic_error("[BlockPool] the list of idle blocks is broken at block " + std::to_string(id) + ".");
-    }
-    is_idle[id] = true;
-    ++num_listed;
-  }
-  if (num_listed != num_idle_) {
-    throw std::logic_error("[BlockPool] " + std::to_string(num_listed) + " idle blocks are counted as " +
-                           std::to_string(num_idle_) + ".");
-  }
-  return is_idle;
-}
-
 void BlockPool::check_integrity() const {
   std::vector<bool> is_free(ref_counts_.size(), false);
-  const std::vector<bool> is_idle = listed_as_idle();
+  const std::vector<bool> is_idle = idle_.check_integrity();
   for (BlockId id : free_) {
     if (id < 0 || id >= num_blocks()) {
       throw std::logic_error("[BlockPool] the free list holds block " + std::to_string(id) + ", outside the pool.");

@@ -85,11 +85,11 @@ std::vector<BlockId> PrefixTree::evict(BlockId n) {
   std::vector<BlockId> removed;
   const BlockId target = pool_.num_free() + n;
   while (pool_.num_free() < target) {
-    const auto oldest = pool_.oldest_idle();
-    if (!oldest) {
+    const auto next = pool_.next_idle();
+    if (!next) {
       break;
     }
-    const auto ids = remove(*oldest);
+    const auto ids = remove(*next);
     removed.insert(removed.end(), ids.begin(), ids.end());
   }
   return removed;

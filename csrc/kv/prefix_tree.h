@@ -24,7 +24,7 @@ using TokenId = std::int32_t;
 //
 // The tree marks the blocks that it holds as cached in the pool, so that they stay when nobody owns them. It owns
 // none: whoever uses a block retains it. If each request owns the whole path to its last block, and releases the last
-// block first, the idle block released longest ago is always a leaf.
+// block first, then of each client the idle block released longest ago has nothing of the client's following on it.
 //
 // Costs: match and insert O(tokens given), evict and remove O(blocks removed). Not thread safe.
 class PrefixTree {
@@ -46,8 +46,8 @@ class PrefixTree {
   std::optional<BlockId> insert(std::string_view salt, std::optional<BlockId> after, std::span<const TokenId> tokens,
                                 BlockId block);
 
-  // Takes idle blocks out of the tree, the one released longest ago first, until n more are free or none is idle. What
-  // follows on them leaves the tree too. The blocks that left it, free now unless they are held.
+  // Takes idle blocks out of the tree, in the pool's order, until n more are free or none is idle. What follows on them
+  // leaves the tree too. The blocks that left it, free now unless they are held.
   std::vector<BlockId> evict(BlockId n);
 
   // Takes a block and all that follows on it out of the tree; what left it, as `evict`. Nothing if it is not in it.

@@ -35,9 +35,9 @@ class BlockPool:
         One more owner for each id. IndexError for an id outside the pool, ValueError for a free block.
         """
 
-    def release(self, ids: Sequence[int]) -> None:
+    def release(self, ids: Sequence[int], client: str = '') -> None:
         """
-        One owner less for each id; of those that become idle, the last is evicted last. IndexError for an id outside the pool, ValueError for a block without owner left.
+        One owner less for each id; of those that become idle, the last is the client's last to be evicted. IndexError for an id outside the pool, ValueError for a block without owner left.
         """
 
     def ref_count(self, id: int) -> int:
@@ -83,7 +83,7 @@ class PrefixTree:
 
     def evict(self, n: int) -> list[int]:
         """
-        Takes idle blocks out, the one released longest ago first, and what follows on them, until n more are free or none is idle; the blocks that left the tree.
+        Takes idle blocks out, and what follows on them, until n more are free or none is idle: first the one that was released longest ago of the client with the most. The blocks that left the tree.
         """
 
     def remove(self, block: int) -> list[int]:

@@ -46,15 +46,37 @@ TEST(cached_blocks_are_idle_when_nobody_owns_them) {
   pool.cache(2);
   pool.cache(3);
   pool.release(Ids{3, 0, 1, 2});
-  CHECK(pool.num_free() == 1 && pool.num_idle() == 3 && pool.oldest_idle() == 3);
+  CHECK(pool.num_free() == 1 && pool.num_idle() == 3 && pool.next_idle() == 3);
   CHECK(!pool.allocate(2));
   pool.retain(Ids{3, 3});
-  CHECK(pool.ref_count(3) == 2 && pool.num_idle() == 2 && pool.oldest_idle() == 1);
+  CHECK(pool.ref_count(3) == 2 && pool.num_idle() == 2 && pool.next_idle() == 1);
   pool.uncache(1);
-  CHECK(pool.num_free() == 2 && pool.oldest_idle() == 2);
+  CHECK(pool.num_free() == 2 && pool.next_idle() == 2);
   pool.uncache(3);
   pool.release(Ids{3, 3});
   CHECK(pool.num_free() == 3 && !pool.is_cached(3) && pool.is_cached(2));
+  pool.check_integrity();
+}
+
+TEST(the_client_with_the_most_idle_blocks_gives_one_up) {
+  BlockPool pool(6);
+  const Ids ids = *pool.allocate(6);
+  for (BlockId id : ids) {
+    pool.cache(id);
+  }
+  pool.release(Ids{0}, "quiet");
+  pool.release(Ids{1, 2, 3}, "flood");
+  for (BlockId expected : {1, 2}) {
+    CHECK(pool.next_idle() == expected);
+    pool.uncache(expected);
+  }
+  pool.release(Ids{4}, "quiet");
+  CHECK(pool.next_idle() == 0);
+  pool.check_integrity();
+  pool.retain(Ids{0, 3, 4});
+  CHECK(!pool.next_idle());
+  pool.release(Ids{0, 3, 4}, "third");
+  CHECK(pool.next_idle() == 0 && pool.num_idle() == 3);
   pool.check_integrity();
 }
 

@@ -36,9 +36,9 @@ Ids put(BlockPool& pool, PrefixTree& tree, const std::string& salt, const Tokens
   return path;
 }
 
-void release(BlockPool& pool, Ids path) {
+void release(BlockPool& pool, Ids path, const std::string& client = "") {
   std::ranges::reverse(path);
-  pool.release(path);
+  pool.release(path, client);
 }
 
 TEST(finds_full_blocks_of_a_common_prefix) {
@@ -230,7 +230,7 @@ class Walk {
 
   void leave() {
     std::swap(owned_[below(owned_.size())], owned_.back());
-    release(pool_, owned_.back());
+    release(pool_, owned_.back(), std::string(1, static_cast<char>('a' + below(3))));
     owned_.pop_back();
   }
 

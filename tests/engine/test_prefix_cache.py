@@ -123,6 +123,14 @@ def test_a_full_pool_drops_what_was_used_longest_ago() -> None:
     assert engine.run(make_submit("partly dropped", new.prompt_token_ids, 1))[0] < 24
 
 
+def test_a_client_that_floods_the_cache_drops_its_own() -> None:
+    engine = Engine(num_blocks=16)
+    engine.run(make_submit("quiet", [1] * 21, 1, client="quiet"))
+    for i in range(20):
+        engine.run(make_submit(f"flood {i}", [2 + i] * 21, 1, client="flood"))
+    assert engine.run(make_submit("back", [1] * 21, 1, client="quiet")) == [20]
+
+
 def test_a_preempted_request_finds_its_own_blocks() -> None:
     engine = Engine(num_blocks=9, max_batch_tokens=64)
     messages = [make_submit(name, [i] * 11, 8, seed=i) for i, name in enumerate("ab")]

@@ -156,7 +156,8 @@ class KVCacheManager:
             self._snapshots.settle(request, request.block_table[index] if published else None)
 
     def _release(self, request: Request) -> None:
-        self._pool.release(request.block_table[request.num_freed_blocks :][::-1])  # the first are evicted last
+        # The first are evicted last.
+        self._pool.release(request.block_table[request.num_freed_blocks :][::-1], request.client)
         request.block_table = []
         request.num_freed_blocks = 0
         request.num_published_blocks = 0
@@ -217,7 +218,7 @@ class KVCacheManager:
     def _replace(self, request: Request, index: int, blocks: list[int]) -> None:
         """Own these blocks of the tree from `index` of the table on, instead of those that are there."""
         self._pool.retain(blocks)
-        self._pool.release(request.block_table[index : index + len(blocks)])
+        self._pool.release(request.block_table[index : index + len(blocks)], request.client)
         request.block_table[index : index + len(blocks)] = blocks
 
     def _release_behind_window(self, request: Request) -> None:
@@ -226,7 +227,7 @@ class KVCacheManager:
         num_behind = max(request.num_computed_tokens - self._window + 1, 0) // self.block_size
         # The last published block stays: what follows is published as its child.
         num_freed = min(num_behind, max(request.num_published_blocks - 1, 0))
-        self._pool.release(request.block_table[request.num_freed_blocks : num_freed])
+        self._pool.release(request.block_table[request.num_freed_blocks : num_freed], request.client)
         request.num_freed_blocks = max(num_freed, request.num_freed_blocks)
 
     def _drop_snapshots(self, blocks: list[int]) -> None:
