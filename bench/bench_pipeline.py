@@ -1,4 +1,4 @@
-"""What pipelining gains: tokens a second of the demo model, with the next step launched before the tokens of the last one
+"""What pipelining gains: tokens a second of the demo model, with the next step launched before the last one's tokens
 are read, and with a runner that waits for each step first."""
 
 import mlx.core as mx
