@@ -64,6 +64,19 @@ def test_reads_stacked_experts(tmp_path):
     np.testing.assert_allclose(prompt_logits(model, fixture["prompt"].tolist()), fixture["logits"], 0, 1e-4)
 
 
+def test_reads_quantized_experts_one_by_one(tmp_path):
+    config = json.loads((PARITY / "mlx-4bit" / "config.json").read_text())
+    weights: dict[str, mx.array] = {}
+    for name, tensor in mx.load(str(PARITY / "mlx-4bit" / "model.safetensors")).items():
+        if ".switch_mlp." in name:
+            weights |= {name.replace("switch_mlp", f"experts.{i}"): expert for i, expert in enumerate(tensor)}
+        else:
+            weights[name] = tensor
+    fixture = np.load(PARITY / "mlx-4bit" / "fixture.npz")
+    model = load_model(save(tmp_path, config, weights))
+    np.testing.assert_allclose(prompt_logits(model, fixture["prompt"].tolist()), fixture["logits"], 0, 1e-4)
+
+
 @pytest.mark.parametrize("computable", [True, False], ids=["", "dequantized"])
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 def test_reads_experts_quantized_each_its_own_way(mode, computable, tmp_path, monkeypatch):

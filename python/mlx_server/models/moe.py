@@ -55,8 +55,10 @@ class SparseMoE:
             "up_proj": (num_experts, hidden_features, features),
             "down_proj": (num_experts, features, hidden_features),
         }
-        take = take_experts if any(weights.has(f"experts.0.{name}.weight") for name in shapes) else take_stacked_experts
-        self.gate_proj, self.up_proj, self.down_proj = (take(weights, name, shape) for name, shape in shapes.items())
+        stacked = not any(weights.has(f"experts.0.{name}.weight") for name in shapes)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            take_experts(weights, name, shape, stacked=stacked) for name, shape in shapes.items()
+        )
 
     def __call__(self, x: mx.array, shared: mx.array | None = None) -> mx.array:
         experts, expert_weights = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)  # [T, top_k]
@@ -65,26 +67,29 @@ class SparseMoE:
         )
 
 
-def take_experts(weights: Weights, projection: str, shape: tuple[int, int, int]) -> ExpertMatrix:
-    """One projection [N, K] of all E experts, which transformers saves one by one; shape: E, N, K."""
-    names = [f"experts.{expert}.{projection}.weight" for expert in range(shape[0])]
-    return ExpertMatrix(weights.take_stacked(names, shape[1:]))
+def take_experts(weights: Weights, projection: str, shape: tuple[int, int, int], *, stacked: bool) -> ExpertMatrix:
+    """One projection [N, K] of all E experts, quantized or not; shape: E, N, K.
 
-
-def take_stacked_experts(weights: Weights, projection: str, shape: tuple[int, int, int]) -> ExpertMatrix:
-    """The same as MLX checkpoints hold it: in one tensor, quantized or not."""
+    MLX checkpoints hold it stacked, in one tensor or its quantized parts, transformers saves the experts one by one.
+    """
     num_experts, num_rows, num_columns = shape
-    weights = weights.at(f"switch_mlp.{projection}")
-    quantization = weights.quantization()
+    layer = weights.at(f"switch_mlp.{projection}" if stacked else f"experts.0.{projection}")
+
+    def take(part: str, num_columns: int, dtype: mx.Dtype | mx.DtypeCategory = mx.floating) -> mx.array:
+        if stacked:
+            return layer.take(part, (num_experts, num_rows, num_columns), dtype)
+        names = [f"experts.{expert}.{projection}.{part}" for expert in range(num_experts)]
+        return weights.take_stacked(names, (num_rows, num_columns), dtype)
+
+    quantization = layer.quantization()
     if quantization is None:
-        return ExpertMatrix(weights.take("weight", shape))
+        return ExpertMatrix(take("weight", num_columns))
     group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
     if num_columns % group_size:
-        raise ModelLoadError(f"{weights.source}: {weights.name} has {num_columns} columns, not groups of {group_size}")
-    groups = (num_experts, num_rows, num_columns // group_size)
-    weight = weights.take("weight", (num_experts, num_rows, num_columns * bits // 32), mx.uint32)
-    scales = weights.take("scales", groups, mx.floating if mode == "affine" else mx.uint8)
-    biases = weights.take("biases", groups) if mode == "affine" else None
+        raise ModelLoadError(f"{weights.source}: {layer.name} has {num_columns} columns, not groups of {group_size}")
+    weight = take("weight", num_columns * bits // 32, mx.uint32)
+    scales = take("scales", num_columns // group_size, mx.floating if mode == "affine" else mx.uint8)
+    biases = take("biases", num_columns // group_size) if mode == "affine" else None
     if is_computable(quantization, weights.dtype, experts=True):
         return ExpertMatrix(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     dense = mx.dequantize(
