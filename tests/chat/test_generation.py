@@ -3,9 +3,30 @@ from typing import Any
 
 import pytest
 
-from fake_engine import END, TIMINGS, Backend, answer, endless, failing, fake_model, silent, until
+from fake_engine import END, TIMINGS, Backend, PlainTemplate, answer, endless, failing, fake_model, silent, until
 from mlx_server.chat.generation import Generation
-from mlx_server.chat.types import ChatMessage, ChatRequest, Done, TextDelta, Usage
+from mlx_server.chat.output_router import join
+from mlx_server.chat.reasoning import Tags
+from mlx_server.chat.types import (
+    ChatMessage,
+    ChatRequest,
+    Choice,
+    CompletionRequest,
+    Done,
+    Event,
+    PromptLogprobs,
+    PromptProgress,
+    Reasoning,
+    ReasoningDelta,
+    ScoredToken,
+    TextDelta,
+    Tool,
+    ToolCallDelta,
+    ToolCallStart,
+    ToolChoice,
+    Usage,
+    total_usage,
+)
 from mlx_server.errors import GenerationError, InvalidRequestError, OverloadedError, RequestTimeoutError
 from mlx_server.sampling_params import SamplingParams
 from mlx_server.wire import Finished, RequestOutput, Submit, Tokens
@@ -151,3 +172,288 @@ def test_a_failure_is_an_error(backend: Backend, code: str, kind: type[Generatio
         collect(generation)
     assert error.value.code == code
     assert generation.finished
+
+
+# --- several choices ---
+
+
+def test_choices_have_seeds_of_their_own_and_an_index(backend: Backend) -> None:
+    backend.engine.script = lambda submit: answer(f"seed {submit.sampling.seed}")(submit)
+    events = list(start(backend, n=3, sampling=SamplingParams(seed=2**64 - 1)))
+    assert [submit.sampling.seed for submit in backend.engine.submits] == [2**64 - 1, 0, 1]
+    for index, seed in enumerate([2**64 - 1, 0, 1]):
+        *deltas, done = [event for event in events if event.index == index]
+        assert "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)) == f"seed {seed}"
+        assert isinstance(done, Done)
+    dones = [event for event in events if isinstance(event, Done)]
+    assert total_usage(dones, 3) == Usage(len(PROMPT), 26 + 7 + 7)
+
+
+def test_one_choice_may_stop_early_while_others_go_on(backend: Backend) -> None:
+    backend.engine.script = lambda submit: endless(submit) if submit.sampling.seed == 1 else answer("ab STOP")(submit)
+    generation = start(backend, n=2, sampling=SamplingParams(seed=1), stop=["STOP", "xxxxxxxxxxxx"])
+    events = list(generation)
+    assert {event.stop_sequence for event in events if isinstance(event, Done)} == {"STOP", "xxxxxxxxxxxx"}
+    assert generation.finished
+
+
+def test_a_failure_ends_all_choices(backend: Backend) -> None:
+    def script(submit: Submit) -> Iterator[RequestOutput | None]:
+        yield from (endless if submit.sampling.seed == 1 else failing("invalid_logits"))(submit)
+
+    backend.engine.script = script
+    with pytest.raises(GenerationError):
+        list(start(backend, n=2))
+    until(lambda: backend.engine.cancelled)
+
+
+# --- tools ---
+
+TOOLS = [Tool(name="f", parameters={"type": "object", "properties": {"x": {"type": "string"}}}), Tool(name="g")]
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
+
+
+def test_calls_are_events(backend: Backend) -> None:
+    backend.engine.script = answer(f"Let me see.\n{CALL}")
+    events = join(start(backend, tools=TOOLS, max_tokens=80))
+    first, called, arguments, done = events
+    assert first == TextDelta("Let me see.")
+    assert isinstance(called, ToolCallStart)
+    assert (called.name, called.call_index) == ("f", 0)
+    assert arguments == ToolCallDelta(0, '{"x": "é"}')
+    assert isinstance(done, Done)
+    assert done.finish_reason == "tool_calls"
+    assert bytes(backend.engine.submits[0].prompt_token_ids) == b"tools: f, g\nuser: hi\n"
+
+
+def test_a_call_that_is_cut_ends_by_length(backend: Backend) -> None:
+    backend.engine.script = answer(CALL)
+    *_, arguments, done = join(start(backend, tools=TOOLS, max_tokens=45))
+    assert isinstance(arguments, ToolCallDelta)
+    assert isinstance(done, Done)
+    assert done.finish_reason == "length"
+
+
+def test_no_tools_no_calls(backend: Backend) -> None:
+    backend.engine.script = answer(CALL)
+    for changes in ({}, {"tools": TOOLS, "tool_choice": ToolChoice("none")}):
+        assert collect(start(backend, max_tokens=90, **changes))[0] == CALL
+
+
+def test_one_call_at_most(backend: Backend) -> None:
+    backend.engine.script = answer('<tool_call>{"name":"g"}</tool_call>' * 2)
+    events = list(start(backend, tools=TOOLS, parallel_tool_calls=False, max_tokens=99))
+    assert sum(isinstance(event, ToolCallStart) for event in events) == 1
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "tool_calls"
+    until(lambda: backend.engine.cancelled)
+
+
+def test_tools_that_are_not_allowed_are_not_called(backend: Backend) -> None:
+    backend.engine.script = answer(CALL)
+    text, done = collect(start(backend, tools=TOOLS, tool_choice=ToolChoice("auto", ["g"]), max_tokens=90))
+    assert (text, done.finish_reason) == (CALL, "stop")
+
+
+@pytest.mark.parametrize(
+    "tools, choice", [([], ToolChoice("required")), (TOOLS, ToolChoice("auto", ["h"])), ([], ToolChoice("auto", ["f"]))]
+)
+def test_choices_that_can_not_be_met(backend: Backend, tools: list[Tool], choice: ToolChoice) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        start(backend, tools=tools, tool_choice=choice)
+    assert error.value.param == "tool_choice"
+
+
+def test_a_call_that_must_come_is_a_grammar(backend: Backend) -> None:
+    backend.engine.script = answer(CALL)
+    list(start(backend, tools=TOOLS, tool_choice=ToolChoice("required")))
+    list(start(backend, tools=TOOLS))
+    required, auto = backend.engine.submits
+    assert required.grammar is not None
+    assert auto.grammar is None
+
+
+# --- reasoning ---
+
+THINKING = {"reasoning_tags": Tags("<think>", "</think>")}
+
+
+def think(backend: Backend, *, model: dict[str, Any] | None = None, **changes: Any) -> list[Event]:
+    fields: dict[str, Any] = {"sampling": SamplingParams(seed=1), "max_tokens": 60}
+    request = ChatRequest(**({"messages": [ChatMessage(role="user", content="hi")]} | fields | changes))
+    return join(Generation(fake_model(**THINKING, **(model or {})), backend.client, request, 30.0))
+
+
+def test_thoughts_are_events_and_counted(backend: Backend) -> None:
+    backend.engine.script = answer("<think>\nHm.\n</think>\n\nHi.")
+    *deltas, done = think(backend)
+    assert deltas == [ReasoningDelta("Hm."), TextDelta("Hi.")]
+    assert isinstance(done, Done)
+    # One byte a token: of the opening tag, only the last is known to be one.
+    assert done.usage.num_reasoning_tokens == len(">\nHm.\n</think>")
+
+
+class OpeningTemplate(PlainTemplate):
+    """A template that begins the thoughts."""
+
+    def render(self, messages: Any, **kwargs: Any) -> str:
+        return super().render(messages, **kwargs) + "<think>\n"
+
+
+def test_thoughts_that_the_template_begins(backend: Backend) -> None:
+    backend.engine.script = answer("Hm.\n</think>\n\nHi.")
+    assert think(backend, model={"template": OpeningTemplate()})[:2] == [ReasoningDelta("Hm."), TextDelta("Hi.")]
+
+
+def test_a_budget_closes_the_thoughts(backend: Backend) -> None:
+    def script(submit: Submit) -> Iterator[RequestOutput | None]:
+        closed = submit.prompt_token_ids[-11:] == list(b"\n</think>\n\n")
+        return answer("Hi.", num_cached=3)(submit) if closed else endless(submit)
+
+    backend.engine.script = script
+    template = {"template": OpeningTemplate()}
+    *deltas, done = think(backend, model=template, reasoning=Reasoning(budget_tokens=5))
+    assert deltas == [ReasoningDelta("xxxxx"), TextDelta("Hi.")]
+    first, second = backend.engine.submits
+    assert second.prompt_token_ids == [*first.prompt_token_ids, *b"xxxxx\n</think>\n\n"]
+    assert second.max_tokens == first.max_tokens - 16
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.usage) == ("stop", Usage(len(first.prompt_token_ids), 16 + 4, 3, 16))
+    until(lambda: backend.engine.cancelled == [first.request_id])
+
+
+def test_a_budget_that_leaves_no_room_ends_by_length(backend: Backend) -> None:
+    backend.engine.script = endless
+    *_, done = think(
+        backend, model={"template": OpeningTemplate()}, reasoning=Reasoning(budget_tokens=5), max_tokens=16
+    )
+    assert isinstance(done, Done)
+    assert done.finish_reason == "length"
+    assert len(backend.engine.submits) == 1
+
+
+@pytest.mark.parametrize("reasoning", [Reasoning(enabled=False), Reasoning(effort="none"), Reasoning(budget_tokens=0)])
+def test_no_thoughts_where_the_template_begins_them(backend: Backend, reasoning: Reasoning) -> None:
+    backend.engine.script = answer("Hi.")
+    *deltas, _ = think(backend, model={"template": OpeningTemplate()}, reasoning=reasoning)
+    assert deltas == [TextDelta("Hi.")]
+    assert bytes(backend.engine.submits[0].prompt_token_ids).endswith(b"<think>\n</think>\n\n")
+
+
+def test_effort_is_a_share_of_the_answer(backend: Backend) -> None:
+    def script(submit: Submit) -> Iterator[RequestOutput | None]:
+        yield from (answer("Hi.") if backend.engine.submits[1:] else endless)(submit)
+
+    backend.engine.script = script
+    *deltas, _ = think(backend, model={"template": OpeningTemplate()}, reasoning=Reasoning(effort="low"), max_tokens=50)
+    assert deltas == [ReasoningDelta("x" * 10), TextDelta("Hi.")]
+
+
+# --- log-probabilities ---
+
+
+def test_scores_ride_on_deltas(backend: Backend) -> None:
+    backend.engine.script = answer("aé! STOP")
+    events = list(start(backend, sampling=SamplingParams(seed=1, logprobs=1), stop=["STOP"]))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    assert "".join(delta.text for delta in deltas) == "aé! "
+    scored = [scored for delta in deltas for scored in delta.logprobs or ()]
+    assert b"".join(each.token.utf8 for each in scored) == "aé! ".encode()
+    assert [each.token.logprob for each in scored] == [-byte / 100 for byte in "aé! ".encode()]
+    assert scored[0].top == [ScoredToken("a", b"a", -0.97)]
+
+
+def test_prompts_are_scored(backend: Backend) -> None:
+    request = CompletionRequest(
+        prompts=["né"], sampling=SamplingParams(seed=1), max_tokens=0, echo=True, prompt_logprobs=0
+    )
+    scored, done = Generation(fake_model(), backend.client, request, 30.0)
+    assert isinstance(scored, PromptLogprobs)
+    assert scored.texts == ["n", "", "é"]
+    first, *others = scored.logprobs
+    assert first is None
+    assert [each and each.token for each in others] == [
+        ScoredToken("", b"\xc3", -1.95),
+        ScoredToken("é", b"\xa9", -1.69),
+    ]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.usage.num_output_tokens) == ("length", 0)
+    assert backend.engine.submits[0].max_tokens == 0
+
+
+# --- raw prompts ---
+
+
+def complete(backend: Backend, **fields: Any) -> list[Event]:
+    request = CompletionRequest(**({"sampling": SamplingParams(seed=1), "max_tokens": 20} | fields))
+    return list(Generation(fake_model(), backend.client, request, 30.0))
+
+
+def test_choices_of_several_prompts(backend: Backend) -> None:
+    backend.engine.script = lambda submit: answer(bytes(submit.prompt_token_ids).upper())(submit)
+    events = complete(backend, prompts=["ab", list(b"cd")], n=2, echo=True)
+    texts = ["".join(e.text for e in events if isinstance(e, TextDelta) and e.index == i) for i in range(4)]
+    assert texts == ["abAB", "abAB", "cdCD", "cdCD"]
+    dones = [event for event in events if isinstance(event, Done)]
+    assert total_usage(dones, 2) == Usage(4, 12)
+
+
+@pytest.mark.parametrize(
+    "fields, param, message",
+    [
+        ({"prompts": [[257]]}, "prompt", "0 to 256"),
+        ({"prompts": [[-1]]}, "prompt", "0 to 256"),
+        ({"prompts": [""]}, "prompt", "empty"),
+        ({"prompts": ["x" * 101], "max_tokens": 0}, "prompt", "100 tokens, but the prompt is 101"),
+        ({"prompts": ["x" * 100]}, "prompt", "no room"),
+        ({"prompts": ["a"], "suffix": "b"}, "suffix", "filling in the middle"),
+        ({"prompts": [[1]], "suffix": "b"}, "suffix", "text"),
+        ({"prompts": ["a"], "stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
+    ],
+)
+def test_prompts_that_can_not_be_served(backend: Backend, fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as error:
+        complete(backend, **fields)
+    assert error.value.param == param
+    assert not backend.engine.submits
+
+
+def test_end_tokens_of_a_request(backend: Backend) -> None:
+    complete(backend, prompts=["a"], stop_token_ids=[7])
+    complete(backend, prompts=["a"], stop_token_ids=[7], ignore_eos=True)
+    assert [submit.end_token_ids for submit in backend.engine.submits] == [[7, END], [7]]
+
+
+# --- progress ---
+
+
+def test_progress_comes_first_if_it_is_asked_for(backend: Backend) -> None:
+    backend.engine.script = answer("Hi", num_cached=2)
+    first, *_, done = start(backend, progress=True)
+    assert isinstance(first, PromptProgress)
+    assert (first.num_prompt_tokens, first.num_cached_tokens, first.num_computed_tokens) == (
+        len(PROMPT),
+        2,
+        len(PROMPT),
+    )
+    assert isinstance(done, Done)
+    assert done.usage.num_cached_tokens == 2
+    assert not any(isinstance(event, PromptProgress) for event in start(backend))
+
+
+def test_an_early_end_knows_what_was_cached(backend: Backend) -> None:
+    backend.engine.script = answer("abc", num_cached=2)
+    _, done = collect(start(backend, stop=["b"]))
+    assert done.usage.num_cached_tokens == 2
+    assert done.timings is not None
+
+
+def test_whose_request_it_is(backend: Backend) -> None:
+    list(start(backend, priority=-3, client="me", cache_salt="salt"))
+    (submit,) = backend.engine.submits
+    assert (submit.priority, submit.client, submit.cache_salt, submit.deadline_s) == (-3, "me", "salt", 30.0)
+
+
+def test_structured_output_is_a_grammar(backend: Backend) -> None:
+    list(start(backend, grammar=Choice(choices=["yes", "no"], param="structured_outputs.choice")))
+    assert "yes" in (backend.engine.submits[0].grammar or "")

@@ -76,6 +76,18 @@ def test_special_tokens_add_nothing():
     assert stream([257, *TOKENIZER.encode("hi"), 256]) == ["", "h", "i", "", ""]
 
 
+def test_special_tokens_that_are_kept():
+    kept = TOKENIZER.stream(keep=["<|user|>"])
+    assert [*map(kept.push, [257, 256, *TOKENIZER.encode("h")]), kept.finish()] == ["<|user|>", "", "h", ""]
+
+
+def test_bytes_of_tokens():
+    assert [TOKENIZER.token_bytes(token_id) for token_id in TOKENIZER.encode("aé")] == [b"a", b"\xc3", b"\xa9"]
+    assert (TOKENIZER.token_bytes(257), TOKENIZER.token_bytes(10**6)) == (b"<|user|>", b"")
+    backend = Backend(models.BPE(vocab={"<0xC3>": 0, "▁a": 1}, merges=[]))
+    assert [Tokenizer(backend).token_bytes(token_id) for token_id in (0, 1)] == [b"\xc3", b" a"]
+
+
 def test_bytes_that_are_no_text_are_not_held_back_for_ever():
     bad_byte = TOKENIZER.encode("👍")[-1]
     pieces = stream([bad_byte] * 100 + TOKENIZER.encode("ok"))
