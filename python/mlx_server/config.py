@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool = False  # refuse fields that the API does not have
     memory_limit: str | None = None  # of weights, caches and scratch together: `memory_bytes` reads it
     max_queue: int = 128  # requests that may wait
+    tool_parser: str | None = None  # name of the format of tool calls; None: the model's template tells
     log_level: LogLevel = "info"
 
 

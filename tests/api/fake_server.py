@@ -20,4 +20,4 @@ if __name__ == "__main__":
     timeouts = msgspec.json.decode(sys.argv[3], type=Timeouts)
     launch = Launch.read(run_dir)
     log.configure(launch.settings.log_level, "api")
-    Server(launch, run_dir, fd, load_model=lambda model: fake_model(model.name), timeouts=timeouts).run()
+    Server(launch, run_dir, fd, load_model=lambda model, _: fake_model(model.name), timeouts=timeouts).run()

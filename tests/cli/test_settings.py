@@ -23,6 +23,7 @@ SETTINGS = [
     ("--allowed-hosts", "MLX_SERVER_ALLOWED_HOSTS", "allowed_hosts", "a.example, b", ("a.example", "b")),
     ("--allowed-origins", "MLX_SERVER_ALLOWED_ORIGINS", "allowed_origins", "http://a:1,*", ("http://a:1", "*")),
     ("--memory-limit", "MLX_SERVER_MEMORY_LIMIT", "memory_limit", "8GB", "8GB"),
+    ("--tool-parser", "MLX_SERVER_TOOL_PARSER", "tool_parser", "mistral", "mistral"),
     ("--max-queue", "MLX_SERVER_MAX_QUEUE", "max_queue", "7", 7),
     ("--log-level", "MLX_SERVER_LOG", "log_level", "DEBUG", "debug"),
 ]
@@ -44,6 +45,7 @@ WRONG = [
         "MLX_SERVER_MEMORY_LIMIT",
         ["", "8", "GB", "-1GB", "0GB", "101%", "1e3GB", "8 giga", "9" * 5000],
     ),
+    ("--tool-parser", "MLX_SERVER_TOOL_PARSER", ["", "Hermes", "xml"]),
     ("--max-queue", "MLX_SERVER_MAX_QUEUE", ["0", "-1", "many"]),
     ("--log-level", "MLX_SERVER_LOG", ["", "loud"]),
 ]

@@ -83,7 +83,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         run_dir: Path,
         listener_fd: int,
         *,
-        load_model: Callable[[ResolvedModel], ServedModel] = load_served_model,
+        load_model: Callable[[ResolvedModel, str | None], ServedModel] = load_served_model,
         timeouts: Timeouts = _TIMEOUTS,
     ) -> None:
         self._launch = launch
@@ -125,7 +125,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         limiter = RateLimiter(self._run_dir / "rate_limit", settings.rate_limit) if settings.rate_limit else None
         return create_app(
             Deps(
-                model=self._load_model(self._launch.model),
+                model=self._load_model(self._launch.model, settings.tool_parser),
                 engine=self.engine,
                 max_tokens=settings.max_tokens,
                 timeout_s=settings.timeout_s,

@@ -11,6 +11,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from mlx_server.chat.tool_parsers import TOOL_PARSERS
 from mlx_server.config import Settings, memory_bytes
 from mlx_server.errors import ModelLoadError, ServerError, SettingError
 
@@ -137,6 +138,12 @@ def _memory(text: str) -> str:
     return text
 
 
+def _tool_parser(text: str) -> str:
+    if text not in TOOL_PARSERS:
+        raise ValueError(f"one of {', '.join(TOOL_PARSERS)}")
+    return text
+
+
 def _log_level(text: str) -> str:
     level = text.lower()
     if level not in ("debug", "info", "warning", "error"):
@@ -246,6 +253,13 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "Origins of web pages that may use this server (CORS), separated by commas; *: all.",
 )
 @_option("strict", "--strict", "MLX_SERVER_STRICT", _flag, "Refuse requests with fields that the API does not have.")
+@_option(
+    "tool_parser",
+    "--tool-parser",
+    "MLX_SERVER_TOOL_PARSER",
+    _tool_parser,
+    f"The format of the model's tool calls, where its template does not tell: {', '.join(TOOL_PARSERS)}.",
+)
 @_option(
     "memory_limit",
     "--memory-limit",
