@@ -24,6 +24,7 @@ using ushort = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
 using uint8_t = unsigned char;
+using int8_t = signed char;
 using float16_t = _Float16;
 using bfloat16_t = __bf16;
 struct uint3 { uint x, y, z; };

@@ -13,17 +13,23 @@ namespace mlx_server {
 using mlx::core::array;
 
 void bind_paged_attention(nb::module_& m) {
-  nb::class_<KVPool>(m, "KVPool", "One layer's keys and values [N, block_size, Hk, D].")
-      .def(nb::init<array, array>(), nb::arg("keys"), nb::arg("values"))
+  using OptionalArray = std::optional<array>;
+  nb::class_<KVPool>(m, "KVPool", R"(One layer's keys and values [N, block_size, Hk, D].
+
+With scales, float32 [N, block_size, Hk] each, they are int8, to be multiplied by the scale of their token and head.)")
+      .def(nb::init<array, array, OptionalArray, OptionalArray>(), nb::arg("keys"), nb::arg("values"),
+           nb::arg("key_scales") = nb::none(), nb::arg("value_scales") = nb::none())
       .def_ro("keys", &KVPool::keys)
-      .def_ro("values", &KVPool::values);
+      .def_ro("values", &KVPool::values)
+      .def_ro("key_scales", &KVPool::key_scales)
+      .def_ro("value_scales", &KVPool::value_scales);
   m.def(
       "new_kv_pool",
-      [](std::tuple<int, int, int, int> shape, mlx::core::Dtype dtype) {
+      [](std::tuple<int, int, int, int> shape, mlx::core::Dtype dtype, std::optional<int> bits) {
         const auto [num_blocks, block_size, num_heads, head_dim] = shape;
-        return new_kv_pool({num_blocks, block_size, num_heads, head_dim}, dtype);
+        return new_kv_pool({num_blocks, block_size, num_heads, head_dim}, dtype, bits);
       },
-      nb::arg("shape"), nb::arg("dtype"));
+      nb::arg("shape"), nb::arg("dtype"), nb::kw_only(), nb::arg("bits") = nb::none());
   m.def(
       "write_kv",
       [](const KVPool& pool, const array& k, const array& v, const array& slot_mapping) {
@@ -42,7 +48,7 @@ context_lens: B integers, 1 <= query_len <= context_len. ValueError if shapes, d
     m.def(
         name,
         [function](const array& q, const KVPool& pool, const AttentionBatch& batch, float scale,
-                   std::optional<int> window, std::optional<float> softcap, std::optional<array> sinks) {
+                   std::optional<int> window, std::optional<float> softcap, OptionalArray sinks) {
           return function(q, pool, batch, {scale, window, softcap, std::move(sinks)}, {});
         },
         nb::arg("q"), nb::arg("pool"), nb::arg("batch"), nb::kw_only(), nb::arg("scale"),

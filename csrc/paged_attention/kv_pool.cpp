@@ -9,6 +9,8 @@
 
 #include "common/op_error.h"
 #include "common/write_rows.h"
+#include "kernel_sources.h"
+#include "kernels/launch.h"
 
 namespace mlx_server {
 
@@ -43,6 +45,47 @@ mx::array write_slots(const mx::array& array, const mx::array& slots, const mx::
   return mx::reshape(write_rows(flat, slots, mx::astype(rows, array.dtype(), s), s), array.shape(), s);
 }
 
+struct Quantized {
+  mx::array values;  // int8 [T, Hk, D]
+  mx::array scales;  // float32 [T, Hk]
+};
+
+// As kv_quantize.kernel.
+Quantized quantize_fallback(const mx::array& x, mx::Stream s) {
+  const mx::array zero(0.0f), half(0.5f), most(127.0f), floats = mx::astype(x, mx::float32, s);
+  const auto max = mx::max(mx::abs(floats, s), -1, /*keepdims=*/true, s);
+  const auto factor = mx::where(mx::greater(max, zero, s), mx::divide(most, max, s), zero, s);
+  const auto scaled = mx::multiply(floats, factor, s);
+  const auto away = mx::where(mx::less(scaled, zero, s), mx::subtract(scaled, half, s), mx::add(scaled, half, s), s);
+  return {mx::astype(away, mx::int8, s), mx::squeeze(mx::divide(max, most, s), -1, s)};
+}
+
+Quantized quantize(const mx::array& x, mx::Stream s) {
+  if (s.device != mx::Device::gpu || x.size() == 0) {
+    return quantize_fallback(x, s);
+  }
+  const int num_heads = x.shape(0) * x.shape(1);
+  const auto outputs = launch(kernel_sources::kv_quantize,
+                              {.inputs = {x},
+                               .output_shapes = {x.shape(), {x.shape(0), x.shape(1)}},
+                               .output_dtypes = {mx::int8, mx::float32},
+                               .constants = {{"T", x.dtype()}, {"HEAD_DIM", x.shape(2)}},
+                               .groups = {num_heads, 1, 1},
+                               .threads = 32},
+                              s);
+  return {outputs[0], outputs[1]};
+}
+
+void check_scales(const char* op, const KVPool& pool) {
+  const mx::Shape shape{pool.keys.shape(0), pool.block_size(), pool.num_heads()};
+  const auto is_right = [&](const std::optional<mx::array>& scales) {
+    return scales && scales->shape() == shape && scales->dtype() == mx::float32;
+  };
+  if (pool.keys.dtype() != mx::int8 || !is_right(pool.key_scales) || !is_right(pool.value_scales)) {
+    op_error(op, "a pool with scales must have keys and values of int8 and float32 scales ", shape);
+  }
+}
+
 }  // namespace
 
 void check_kv_pool(const char* op, const KVPool& pool) {
@@ -51,14 +94,25 @@ void check_kv_pool(const char* op, const KVPool& pool) {
     op_error(op, "keys and values of the pool must have one shape [N, block_size, Hk, D] and one dtype but got ",
              k.shape(), " ", k.dtype(), " and ", v.shape(), " ", v.dtype());
   }
+  if (pool.key_scales || pool.value_scales) {
+    check_scales(op, pool);
+  }
 }
 
-KVPool new_kv_pool(const mx::Shape& shape, mx::Dtype dtype, mx::StreamOrDevice s_) {
+KVPool new_kv_pool(const mx::Shape& shape, mx::Dtype dtype, std::optional<int> bits, mx::StreamOrDevice s_) {
   if (shape.size() != 4 || std::ranges::any_of(shape, [](auto size) { return size < 1; })) {
     op_error("new_kv_pool", "shape must be [N, block_size, Hk, D] with sizes of 1 and more but got ", shape);
   }
+  if (bits && *bits != 8) {
+    op_error("new_kv_pool", "bits must be 8 or None but got ", *bits);
+  }
   const auto s = mx::to_stream(s_);
-  return {new_array(shape, dtype, s), new_array(shape, dtype, s)};
+  if (!bits) {
+    return {new_array(shape, dtype, s), new_array(shape, dtype, s), {}, {}};
+  }
+  const mx::Shape scales{shape[0], shape[1], shape[2]};
+  return {new_array(shape, mx::int8, s), new_array(shape, mx::int8, s), new_array(scales, mx::float32, s),
+          new_array(scales, mx::float32, s)};
 }
 
 KVPool write_kv(const KVPool& pool, const mx::array& k, const mx::array& v, const mx::array& slot_mapping,
@@ -74,7 +128,16 @@ KVPool write_kv(const KVPool& pool, const mx::array& k, const mx::array& v, cons
              slot_mapping.shape());
   }
   const auto s = mx::to_stream(s_);
-  return {write_slots(pool.keys, slot_mapping, k, s), write_slots(pool.values, slot_mapping, v, s)};
+  const auto write = [&](const mx::array& array, const mx::array& rows) {
+    return write_slots(array, slot_mapping, rows, s);
+  };
+  if (!pool.key_scales) {
+    return {write(pool.keys, k), write(pool.values, v), {}, {}};
+  }
+  const auto [keys, key_scales] = quantize(k, s);
+  const auto [values, value_scales] = quantize(v, s);
+  return {write(pool.keys, keys), write(pool.values, values), write(*pool.key_scales, key_scales),
+          write(*pool.value_scales, value_scales)};
 }
 
 }  // namespace mlx_server

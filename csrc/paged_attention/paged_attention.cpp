@@ -55,7 +55,8 @@ void check(const mx::array& q, const KVPool& pool, const AttentionBatch& batch, 
   check_options(op, options, q.shape(1));
 }
 
-// inputs: q [T, H, D], keys, values [N, block_size, Hk, D], sinks [H] or none, all float32; the batch's block_tables
+// inputs: q [T, H, D], the batch's block_tables, keys and values [N, block_size, Hk, D], their scales if they are
+// integers, sinks [H] if there are any
 class PagedAttentionPrimitive : public mx::UnaryPrimitive {
  public:
   PagedAttentionPrimitive(mx::Stream stream, const AttentionBatch& batch, const AttentionOptions& options)
@@ -66,13 +67,13 @@ class PagedAttentionPrimitive : public mx::UnaryPrimitive {
     for (const mx::array& input : inputs) {
       arrays.push_back(row_contiguous(input, stream()));
     }
-    const mx::array &q = arrays[0], &keys = arrays[1], &tables = arrays[3];
+    const mx::array &q = arrays[0], &tables = arrays[1], &keys = arrays[2];
     out.set_data(mx::allocator::malloc(out.nbytes()));
     PagedAttention op{.q = q.data<float>(),
-                      .k_pool = keys.data<float>(),
-                      .v_pool = arrays[2].data<float>(),
+                      .keys = cached_rows(arrays, 2),
+                      .values = cached_rows(arrays, 3),
                       .block_tables = tables.data<std::int32_t>(),
-                      .sinks = arrays.size() > 4 ? arrays[4].data<float>() : nullptr,
+                      .sinks = options_.sinks ? arrays.back().data<float>() : nullptr,
                       .out = out.data<float>(),
                       .query_lens = {},
                       .context_lens = {},
@@ -99,13 +100,25 @@ class PagedAttentionPrimitive : public mx::UnaryPrimitive {
   DEFINE_NAME(PagedAttention)
 
  private:
+  // Keys, at index 2, or values, at 3; their scales lie 2 further.
+  static CachedRows cached_rows(const std::vector<mx::array>& arrays, std::size_t index) {
+    const mx::array& rows = arrays[index];
+    if (rows.dtype() == mx::float32) {
+      return {.floats = rows.data<float>()};
+    }
+    return {.integers = rows.data<std::int8_t>(), .scales = arrays[index + 2].data<float>()};
+  }
+
   AttentionBatch batch_;
   AttentionOptions options_;
 };
 
 mx::array paged_attention_cpu(const mx::array& q, const KVPool& pool, const AttentionBatch& batch,
                               const AttentionOptions& options, mx::Stream s) {
-  std::vector<mx::array> inputs{q, pool.keys, pool.values, batch.block_tables()};
+  std::vector<mx::array> inputs{q, batch.block_tables(), pool.keys, pool.values};
+  if (pool.key_scales) {
+    inputs.insert(inputs.end(), {*pool.key_scales, *pool.value_scales});
+  }
   if (options.sinks) {
     inputs.push_back(mx::astype(*options.sinks, mx::float32, s));
   }
@@ -126,7 +139,7 @@ mx::array paged_attention(const mx::array& q, const KVPool& pool, const Attentio
   if (s.device == mx::Device::gpu && head_dim >= 8 && head_dim <= 256) {
     return paged_attention_gpu(q, pool, batch, options, s);
   }
-  const bool is_float = q.dtype() == mx::float32 && pool.keys.dtype() == mx::float32;
+  const bool is_float = q.dtype() == mx::float32 && (pool.key_scales || pool.keys.dtype() == mx::float32);
   if (s.device == mx::Device::cpu && is_float && head_dim % 8 == 0) {
     return paged_attention_cpu(q, pool, batch, options, s);
   }

@@ -75,20 +75,19 @@ void finish(const PagedAttention& op, const AttentionTile& tile, const Attention
   }
 }
 
-// Memory of a thread for the parts of one tile.
+// Memory of a thread for a tile.
 struct Scratch {
-  std::vector<float> q, total, part;
+  std::vector<float> kernel, total, part;
   std::vector<OnlineSoftmax> total_softmax, part_softmax;
 
-  static Scratch& of_thread(int num_heads, int head_dim) {
+  static Scratch& of_thread(std::size_t num_heads, std::size_t head_dim) {
     static thread_local Scratch scratch;
-    const std::size_t heads = std::max(scratch.part_softmax.size(), static_cast<std::size_t>(num_heads));
-    const std::size_t size = std::max(scratch.q.size(), heads * static_cast<std::size_t>(head_dim));
-    for (std::vector<float>* values : {&scratch.q, &scratch.total, &scratch.part}) {
-      values->resize(size);
-    }
-    scratch.total_softmax.resize(heads);
-    scratch.part_softmax.resize(heads);
+    const auto grow = [](auto& values, std::size_t size) { values.resize(std::max(values.size(), size)); };
+    grow(scratch.kernel, attention_scratch_size(num_heads, head_dim));
+    grow(scratch.total, num_heads * head_dim);
+    grow(scratch.part, num_heads * head_dim);
+    grow(scratch.total_softmax, num_heads);
+    grow(scratch.part_softmax, num_heads);
     return scratch;
   }
 };
@@ -99,9 +98,9 @@ void attend_tile(const PagedAttention& op, const AttentionKernel& kernel, const 
   const AttentionPart total{scratch.total_softmax.data(), scratch.total.data()};
   const AttentionPart part{scratch.part_softmax.data(), scratch.part.data()};
   const auto [first, end] = splits_of(op, tile);
-  kernel.attend(op, tile, first, scratch.q.data(), total);
+  kernel.attend(op, tile, first, scratch.kernel.data(), total);
   for (int split = first + 1; split < end; ++split) {
-    kernel.attend(op, tile, split, scratch.q.data(), part);
+    kernel.attend(op, tile, split, scratch.kernel.data(), part);
     merge(total, part, num_heads, op.head_dim);
   }
   finish(op, tile, total);
@@ -128,7 +127,7 @@ class SplitTiles {
     pool.parallel_for(static_cast<int>(tasks_.size()), [&](int i) {
       const AttentionTile& tile = *tasks_[i].tile;
       Scratch& scratch = Scratch::of_thread(heads_of(tile), op_.head_dim);
-      kernel.attend(op_, tile, tasks_[i].split, scratch.q.data(), part(i));
+      kernel.attend(op_, tile, tasks_[i].split, scratch.kernel.data(), part(i));
     });
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
       const int first = first_tasks_[i];

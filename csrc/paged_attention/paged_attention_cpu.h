@@ -1,6 +1,7 @@
 // Attention over a paged KV cache on CPUs: plain pointers, no MLX. paged_attention.h says what is computed.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -8,10 +9,16 @@
 
 namespace mlx_server {
 
+// Keys or values of the pool: floats, or integers to be multiplied by a scale.
+struct CachedRows {
+  const float* floats = nullptr;          // [N, block_size, Hk, D], or null
+  const std::int8_t* integers = nullptr;  // likewise
+  const float* scales = nullptr;          // [N, block_size, Hk] of integers
+};
+
 struct PagedAttention {
-  const float* q;                     // [T, H, D]
-  const float* k_pool;                // [N, block_size, Hk, D]
-  const float* v_pool;                // [N, block_size, Hk, D]
+  const float* q;  // [T, H, D]
+  CachedRows keys, values;
   const std::int32_t* block_tables;   // [B, max_blocks]
   const float* sinks;                 // [H], or null
   float* out;                         // [T, H, D]
@@ -45,11 +52,19 @@ struct AttentionPart {
 
 constexpr int kSplitSize = 512;  // keys
 
+constexpr int kChunkSize = 64;  // keys that are taken at a time
+
+// Floats for the scaled queries, and for a chunk of keys and values made from integers.
+constexpr std::size_t attention_scratch_size(std::size_t num_heads, std::size_t head_dim) {
+  return (num_heads + 2 * kChunkSize) * head_dim;
+}
+
 struct AttentionKernel {
   const char* name;
-  // The tile's attention over the keys [split * kSplitSize, (split + 1) * kSplitSize), without sinks. q is scratch
-  // memory, [heads, D].
-  void (*attend)(const PagedAttention& op, const AttentionTile& tile, int split, float* q, const AttentionPart& part);
+  // The tile's attention over the keys [split * kSplitSize, (split + 1) * kSplitSize), without sinks.
+  // scratch: attention_scratch_size(heads, D).
+  void (*attend)(const PagedAttention& op, const AttentionTile& tile, int split, float* scratch,
+                 const AttentionPart& part);
 };
 
 // The kernels that this processor can run, best first.

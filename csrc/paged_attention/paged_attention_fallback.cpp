@@ -16,14 +16,25 @@ struct Row {
   int index, query_begin, query_end, context_len;
 };
 
-// Tokens [first, end) of the row, as float32 [Hk, 1, end - first, D].
-mx::array gather_tokens(const mx::array& pool, const mx::array& block_tables, const Row& row, int first, mx::Stream s) {
-  const int block_size = pool.shape(1), first_block = first / block_size;
+// Tokens [first, context_len) of the row from an array [N, block_size, ...], as float32.
+mx::array gather_tokens(const mx::array& array, const mx::array& block_tables, const Row& row, int first,
+                        mx::Stream s) {
+  const int block_size = array.shape(1), first_block = first / block_size;
   const int end_block = (row.context_len + block_size - 1) / block_size, skipped = first_block * block_size;
   const auto blocks = mx::flatten(mx::slice(block_tables, {row.index, first_block}, {row.index + 1, end_block}, s), s);
-  auto tokens = mx::flatten(mx::take(pool, blocks, 0, s), 0, 1, s);
-  tokens = mx::slice(tokens, {first - skipped, 0, 0}, {row.context_len - skipped, pool.shape(2), pool.shape(3)}, s);
-  return mx::expand_dims(mx::transpose(mx::astype(tokens, mx::float32, s), {1, 0, 2}, s), 1, s);
+  const auto tokens = mx::flatten(mx::take(array, blocks, 0, s), 0, 1, s);
+  const auto range = mx::arange(first - skipped, row.context_len - skipped, mx::int32, s);
+  return mx::astype(mx::take(tokens, range, 0, s), mx::float32, s);
+}
+
+// Keys or values of these tokens, [Hk, 1, tokens, D].
+mx::array gather(const mx::array& array, const std::optional<mx::array>& scales, const mx::array& block_tables,
+                 const Row& row, int first, mx::Stream s) {
+  auto tokens = gather_tokens(array, block_tables, row, first, s);
+  if (scales) {
+    tokens = mx::multiply(tokens, mx::expand_dims(gather_tokens(*scales, block_tables, row, first, s), -1, s), s);
+  }
+  return mx::expand_dims(mx::transpose(tokens, {1, 0, 2}, s), 1, s);
 }
 
 // Which of the keys [first, context_len) the row's queries see, as bool [queries, keys].
@@ -43,8 +54,8 @@ mx::array attend_row(const mx::array& q, const KVPool& pool, const mx::array& bl
   // Keys [first, context_len) are seen; those before may lie in blocks that are no longer the row's.
   const int first = options.window ? std::max(0, row.context_len - num_queries + 1 - *options.window) : 0;
   const auto grouped = mx::reshape(q, {num_heads, -1, num_queries, pool.head_dim()}, s);  // [Hk, H / Hk, queries, D]
-  const auto k = gather_tokens(pool.keys, block_tables, row, first, s);
-  const auto v = gather_tokens(pool.values, block_tables, row, first, s);
+  const auto k = gather(pool.keys, pool.key_scales, block_tables, row, first, s);
+  const auto v = gather(pool.values, pool.value_scales, block_tables, row, first, s);
   auto scores = mx::matmul(mx::multiply(grouped, mx::array(options.scale), s), mx::swapaxes(k, -1, -2, s), s);
   if (options.softcap) {
     const mx::array cap(*options.softcap);

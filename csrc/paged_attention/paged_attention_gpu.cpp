@@ -32,12 +32,15 @@ struct Call {
   int num_heads() const { return q.shape(1); }
   int head_dim() const { return q.shape(2); }
   int sharing() const { return num_heads() / pool.num_heads(); }  // heads that share a key/value head
-  // Without sinks, an array that is not read.
+  // Where there are none, an array that is not read.
   const mx::array& sinks() const { return options.sinks ? *options.sinks : q; }
+  const mx::array& key_scales() const { return pool.key_scales ? *pool.key_scales : q; }
+  const mx::array& value_scales() const { return pool.value_scales ? *pool.value_scales : q; }
 
   Constants constants(int heads) const {
     return {{"T", q.dtype()},
             {"KV", pool.keys.dtype()},
+            {"HAS_SCALES", pool.key_scales ? 1 : 0},
             {"HEAD_DIM", head_dim()},
             {"KV_HEADS", pool.num_heads()},
             {"SHARING", sharing()},
@@ -57,15 +60,15 @@ mx::array decode(const Call& call, const AttentionTables& tables) {
   const int num_heads = call.num_heads(), head_dim = call.head_dim();
   Constants constants = call.constants(heads);
   constants.emplace_back("SPLIT", kAttentionSplit);
-  const auto splits =
-      launch(kernel_sources::attention_decode,
-             {.inputs = {call.q, call.pool.keys, call.pool.values, call.batch.block_tables(), *tables.splits},
-              .output_shapes = {{num_splits, num_heads, head_dim}, {num_splits, num_heads, 2}},
-              .output_dtypes = {mx::float32, mx::float32},
-              .constants = std::move(constants),
-              .groups = {num_splits, call.head_groups(heads), 1},
-              .threads = kThreads},
-             call.stream);
+  const auto splits = launch(kernel_sources::attention_decode,
+                             {.inputs = {call.q, call.pool.keys, call.pool.values, call.key_scales(),
+                                         call.value_scales(), call.batch.block_tables(), *tables.splits},
+                              .output_shapes = {{num_splits, num_heads, head_dim}, {num_splits, num_heads, 2}},
+                              .output_dtypes = {mx::float32, mx::float32},
+                              .constants = std::move(constants),
+                              .groups = {num_splits, call.head_groups(heads), 1},
+                              .threads = kThreads},
+                             call.stream);
   return launch(kernel_sources::attention_combine,
                 {.inputs = {splits[0], splits[1], *tables.queries, call.sinks()},
                  .output_shapes = {{num_queries, num_heads, head_dim}},
@@ -83,15 +86,15 @@ mx::array decode(const Call& call, const AttentionTables& tables) {
 mx::array prefill(const Call& call, const AttentionTables& tables, int heads) {
   Constants constants = call.constants(heads);
   constants.emplace_back("HAS_SINKS", call.options.sinks.has_value() ? 1 : 0);
-  return launch(
-      kernel_sources::attention_prefill,
-      {.inputs = {call.q, call.pool.keys, call.pool.values, call.batch.block_tables(), *tables.tiles, call.sinks()},
-       .output_shapes = {{tables.num_prefill_tokens, call.num_heads(), call.head_dim()}},
-       .output_dtypes = {call.q.dtype()},
-       .constants = std::move(constants),
-       .groups = {tables.tiles->shape(0), call.head_groups(heads), 1},
-       .threads = kThreads},
-      call.stream)[0];
+  return launch(kernel_sources::attention_prefill,
+                {.inputs = {call.q, call.pool.keys, call.pool.values, call.key_scales(), call.value_scales(),
+                            call.batch.block_tables(), *tables.tiles, call.sinks()},
+                 .output_shapes = {{tables.num_prefill_tokens, call.num_heads(), call.head_dim()}},
+                 .output_dtypes = {call.q.dtype()},
+                 .constants = std::move(constants),
+                 .groups = {tables.tiles->shape(0), call.head_groups(heads), 1},
+                 .threads = kThreads},
+                call.stream)[0];
 }
 
 }  // namespace

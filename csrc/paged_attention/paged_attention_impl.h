@@ -15,8 +15,9 @@ namespace mlx_server {
 
 namespace {
 
+using SmallInts = std::int8_t __attribute__((vector_size(kLanes)));
+
 constexpr int kVector = static_cast<int>(kLanes);
-constexpr int kChunkSize = 64;  // keys
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Where the keys and values of one chunk lie: the only thing that knows of blocks.
@@ -26,17 +27,33 @@ struct Chunk {
   const float* values[kChunkSize];
 };
 
-inline void locate(const PagedAttention& op, const AttentionTile& tile, int begin, int end, Chunk& chunk) {
+// A row of `rows`, made of integers in `scratch` if it is not there as floats.
+inline const float* float_row(const CachedRows& rows, std::ptrdiff_t row, int head_dim, float* scratch) {
+  if (rows.floats != nullptr) {
+    return rows.floats + row * head_dim;
+  }
+  const std::int8_t* integers = rows.integers + row * head_dim;
+  for (int d = 0; d < head_dim; d += kVector) {
+    SmallInts x;
+    load(x, integers + d);
+    const Floats floats = __builtin_convertvector(x, Floats) * rows.scales[row];
+    store(scratch + d, floats);
+  }
+  return scratch;
+}
+
+// scratch [2 * kChunkSize, D]
+inline void locate(const PagedAttention& op, const AttentionTile& tile, int begin, int end, float* scratch,
+                   Chunk& chunk) {
   const std::int32_t* table = op.block_tables + static_cast<std::ptrdiff_t>(tile.row) * op.max_blocks;
-  const std::ptrdiff_t token_stride = static_cast<std::ptrdiff_t>(op.num_kv_heads) * op.head_dim;
-  const std::ptrdiff_t head_offset = static_cast<std::ptrdiff_t>(tile.kv_head) * op.head_dim;
   chunk.size = end - begin;
   for (int i = 0; i < chunk.size; ++i) {
     const int position = begin + i;
     const std::ptrdiff_t slot =
         static_cast<std::ptrdiff_t>(table[position / op.block_size]) * op.block_size + position % op.block_size;
-    chunk.keys[i] = op.k_pool + slot * token_stride + head_offset;
-    chunk.values[i] = op.v_pool + slot * token_stride + head_offset;
+    const std::ptrdiff_t row = slot * op.num_kv_heads + tile.kv_head;
+    chunk.keys[i] = float_row(op.keys, row, op.head_dim, scratch + i * op.head_dim);
+    chunk.values[i] = float_row(op.values, row, op.head_dim, scratch + (kChunkSize + i) * op.head_dim);
   }
   // Scores are computed kVector at a time; what is too much repeats the last key and is dropped.
   for (int i = chunk.size; i < chunk.size + kVector - 1; ++i) {
@@ -168,11 +185,11 @@ inline void attend_chunk(const PagedAttention& op, const float* q, const Chunk& 
   add_values(scores, chunk.values + first, num_seen, op.head_dim, acc);
 }
 
-void attend(const PagedAttention& op, const AttentionTile& tile, int split, float* scaled_q,
-            const AttentionPart& part) {
+void attend(const PagedAttention& op, const AttentionTile& tile, int split, float* scratch, const AttentionPart& part) {
   const int group = op.num_heads / op.num_kv_heads, head_dim = op.head_dim;
   const std::ptrdiff_t first_head = static_cast<std::ptrdiff_t>(tile.first_token) * op.num_heads + tile.kv_head * group;
   const int num_heads = tile.num_queries * group;  // query by query
+  float *scaled_q = scratch, *chunk_scratch = scratch + num_heads * head_dim;
   for (int i = 0; i < num_heads; ++i) {
     const float* q = op.q + (first_head + static_cast<std::ptrdiff_t>(i / group) * op.num_heads + i % group) * head_dim;
     part.softmax[i] = {-kInfinity, 0};
@@ -185,7 +202,7 @@ void attend(const PagedAttention& op, const AttentionTile& tile, int split, floa
   for (int begin = std::max(tile.first_pos + 1 - op.window, split * kSplitSize); begin < end;) {
     const int chunk_end = std::min((begin / kChunkSize + 1) * kChunkSize, end);
     Chunk chunk;
-    locate(op, tile, begin, chunk_end, chunk);
+    locate(op, tile, begin, chunk_end, chunk_scratch, chunk);
     for (int i = 0; i < num_heads; ++i) {
       const int seen_end = tile.first_pos + i / group + 1, first = std::max(begin, seen_end - op.window) - begin;
       const int num_seen = std::min(chunk_end, seen_end) - begin - first;

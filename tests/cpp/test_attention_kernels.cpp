@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -16,8 +17,9 @@ using mlx_server::HostBfloat16;
 constexpr int kBlockSize = 4, kKvHeads = 2, kThreads = 64;
 
 template <typename T, typename KV, int HEAD_DIM, int SHARING, int HEADS, int SPLIT, int SCALE_BITS, int SOFTCAP_BITS>
-void decode_kernel(const T* q, const KV* k_pool, const KV* v_pool, const int* block_tables, const int* splits,
-                   float* split_out, float* split_softmax) {
+void decode_kernel(const T* q, const KV* k_pool, const KV* v_pool, const float* k_scales, const float* v_scales,
+                   const int* tables, const int* splits, float* split_out, float* split_softmax) {
+  constexpr int HAS_SCALES = std::is_same_v<KV, std::int8_t>;
   constexpr int THREADS = kThreads, KV_HEADS = kKvHeads, BLOCK_SIZE = kBlockSize;
 #include "paged_attention/attention_decode.kernel"
 }
@@ -30,8 +32,9 @@ void combine_kernel(const float* split_out, const float* split_softmax, const in
 
 template <typename T, typename KV, int HEAD_DIM, int SHARING, int HEADS, int SCALE_BITS, int SOFTCAP_BITS,
           int HAS_SINKS>
-void prefill_kernel(const T* q, const KV* k_pool, const KV* v_pool, const int* block_tables, const int* tiles,
-                    const T* sinks, T* out) {
+void prefill_kernel(const T* q, const KV* k_pool, const KV* v_pool, const float* k_scales, const float* v_scales,
+                    const int* tables, const int* tiles, const T* sinks, T* out) {
+  constexpr int HAS_SCALES = std::is_same_v<KV, std::int8_t>;
   constexpr int THREADS = kThreads, KV_HEADS = kKvHeads, BLOCK_SIZE = kBlockSize;
 #include "paged_attention/attention_prefill.kernel"
 }
@@ -46,6 +49,11 @@ std::vector<T> normal(int size, std::mt19937& rng) {
   return values;
 }
 
+template <typename T, int HEAD_DIM>
+void quantize_kernel(const T* x, std::int8_t* values, float* scales) {
+#include "paged_attention/kv_quantize.kernel"
+}
+
 struct Options {
   float softcap = 0;
   bool has_sinks = false;
@@ -53,7 +61,7 @@ struct Options {
 };
 
 // Two rows of tokens [0, 40) and [0, 23), in blocks of reverse order. What no query sees is NaN.
-template <typename T, int kHeadDim, int kSharing>
+template <typename T, typename KV, int kHeadDim, int kSharing>
 struct Case {
   static constexpr int kHeads = kKvHeads * kSharing, kNumBlocks = 16, kMaxBlocks = 10;
   static constexpr int kLens[2] = {40, 23};
@@ -66,11 +74,33 @@ struct Case {
       }
     }
     q = normal<T>((kLens[0] + kLens[1]) * kHeads * kHeadDim, rng);
-    k = normal<T>(kNumBlocks * kBlockSize * kKvHeads * kHeadDim, rng);
-    v = normal<T>(static_cast<int>(k.size()), rng);
+    fill(k, k_scales, rng);
+    fill(v, v_scales, rng);
     sinks = normal<T>(kHeads, rng);
     out.resize(q.size(), T(NAN));
-    std::fill_n(k.begin() + offset(1, kLens[1] - 1, kHeads - 1) + kHeadDim, kKvHeads * kHeadDim, T(NAN));
+    if constexpr (!std::is_same_v<KV, std::int8_t>) {
+      std::fill_n(k.begin() + offset(1, kLens[1] - 1, kHeads - 1) + kHeadDim, kKvHeads * kHeadDim, KV(NAN));
+    }
+  }
+
+  static void fill(std::vector<KV>& values, std::vector<float>& scales, std::mt19937& rng) {
+    constexpr int kRows = kNumBlocks * kBlockSize * kKvHeads;
+    if constexpr (std::is_same_v<KV, std::int8_t>) {
+      for (int i = 0; i < kRows * kHeadDim; ++i) {
+        values.push_back(static_cast<std::int8_t>(static_cast<int>(rng() % 255) - 127));
+      }
+      for (int i = 0; i < kRows; ++i) {
+        scales.push_back(0.02f * static_cast<float>(i % 3));
+      }
+    } else {
+      values = normal<KV>(kRows * kHeadDim, rng);
+      scales.assign(kRows, NAN);  // not to be read
+    }
+  }
+
+  static double value(const std::vector<KV>& values, const std::vector<float>& scales, int index) {
+    const double scale = std::is_same_v<KV, std::int8_t> ? double(scales[index / kHeadDim]) : 1.0;
+    return double(float(values[index])) * scale;
   }
 
   int offset(int row, int position, int head) const {
@@ -85,14 +115,14 @@ struct Case {
     for (int seen = std::max(0, position - options.window + 1); seen <= position; ++seen) {
       double score = 0;
       for (int d = 0; d < kHeadDim; ++d) {
-        score += double(float(query[d])) * double(float(k[offset(row, seen, head) + d]));
+        score += double(float(query[d])) * value(k, k_scales, offset(row, seen, head) + d);
       }
       score *= 0.25;
       const double weight =
           std::exp(options.softcap > 0 ? options.softcap * std::tanh(score / options.softcap) : score);
       sum += weight;
       for (int d = 0; d < kHeadDim; ++d) {
-        result[d] += weight * double(float(v[offset(row, seen, head) + d]));
+        result[d] += weight * value(v, v_scales, offset(row, seen, head) + d);
       }
     }
     for (double& value : result) {
@@ -112,15 +142,17 @@ struct Case {
 
   Options options;
   std::vector<int> tables;
-  std::vector<T> q, k, v, sinks, out;
+  std::vector<T> q, sinks, out;
+  std::vector<KV> k, v;
+  std::vector<float> k_scales, v_scales;
 };
 
 constexpr int kScaleBits = std::bit_cast<int>(0.25f);
 
 // Queries 39 and 10 of row 0 and 22 of row 1, in splits of 8 keys.
-template <typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0>
+template <typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0, typename KV = T>
 void check_decode(double tolerance, int window = std::numeric_limits<int>::max()) {
-  using C = Case<T, kHeadDim, kSharing>;
+  using C = Case<T, KV, kHeadDim, kSharing>;
   constexpr int kSplit = 8;
   C c({float(kSoftcap), kHasSinks != 0, window});
   const int positions[3][2] = {{0, 39}, {0, 10}, {1, 22}};
@@ -138,8 +170,9 @@ void check_decode(double tolerance, int window = std::numeric_limits<int>::max()
   std::vector<float> split_out(num_splits * C::kHeads * kHeadDim, NAN), split_softmax(num_splits * C::kHeads * 2, NAN);
   std::vector<T> out(3 * C::kHeads * kHeadDim, T(NAN));
   mlx_server::host_launch({num_splits, kKvHeads * ((kSharing + kHeads - 1) / kHeads), 1}, kThreads, [&] {
-    decode_kernel<T, T, kHeadDim, kSharing, kHeads, kSplit, kScaleBits, std::bit_cast<int>(float(kSoftcap))>(
-        c.q.data(), c.k.data(), c.v.data(), c.tables.data(), splits.data(), split_out.data(), split_softmax.data());
+    decode_kernel<T, KV, kHeadDim, kSharing, kHeads, kSplit, kScaleBits, std::bit_cast<int>(float(kSoftcap))>(
+        c.q.data(), c.k.data(), c.v.data(), c.k_scales.data(), c.v_scales.data(), c.tables.data(), splits.data(),
+        split_out.data(), split_softmax.data());
   });
   mlx_server::host_launch({C::kHeads, 3, 1}, kThreads, [&] {
     combine_kernel<T, kHeadDim, C::kHeads, kHasSinks>(split_out.data(), split_softmax.data(), queries.data(),
@@ -151,9 +184,9 @@ void check_decode(double tolerance, int window = std::numeric_limits<int>::max()
 }
 
 // All queries of row 1 and queries [5, 40) of row 0.
-template <typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0>
+template <typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0, typename KV = T>
 void check_prefill(double tolerance, int window = std::numeric_limits<int>::max()) {
-  using C = Case<T, kHeadDim, kSharing>;
+  using C = Case<T, KV, kHeadDim, kSharing>;
   constexpr int kQueries = kThreads / 4 / kHeads;
   C c({float(kSoftcap), kHasSinks != 0, window});
   std::vector<int> tiles;
@@ -165,8 +198,9 @@ void check_prefill(double tolerance, int window = std::numeric_limits<int>::max(
   }
   mlx_server::host_launch(
       {static_cast<int>(tiles.size()) / 6, kKvHeads * ((kSharing + kHeads - 1) / kHeads), 1}, kThreads, [&] {
-        prefill_kernel<T, T, kHeadDim, kSharing, kHeads, kScaleBits, std::bit_cast<int>(float(kSoftcap)), kHasSinks>(
-            c.q.data(), c.k.data(), c.v.data(), c.tables.data(), tiles.data(), c.sinks.data(), c.out.data());
+        prefill_kernel<T, KV, kHeadDim, kSharing, kHeads, kScaleBits, std::bit_cast<int>(float(kSoftcap)), kHasSinks>(
+            c.q.data(), c.k.data(), c.v.data(), c.k_scales.data(), c.v_scales.data(), c.tables.data(), tiles.data(),
+            c.sinks.data(), c.out.data());
       });
   for (int position = 0; position < 40; ++position) {
     const T* const row_0 = c.out.data() + position * C::kHeads * kHeadDim;
@@ -188,6 +222,7 @@ TEST(decode_agrees_with_the_definition) {
   check_decode<float, 256, 2, 2, 0, 1>(2e-6);
   check_decode<float, 9, 16, 16>(2e-6, 1);
   check_decode<HostBfloat16, 80, 4, 4, 5>(1e-2);
+  check_decode<float, 64, 3, 4, 0, 0, std::int8_t>(2e-5);
 }
 
 TEST(prefill_agrees_with_the_definition) {
@@ -197,6 +232,26 @@ TEST(prefill_agrees_with_the_definition) {
   check_prefill<float, 144, 2, 2, 0, 1>(2e-6);
   check_prefill<float, 9, 16, 16>(2e-6, 1);
   check_prefill<HostBfloat16, 80, 4, 4, 5>(1e-2);
+  check_prefill<float, 64, 3, 3, 0, 0, std::int8_t>(2e-5);
+}
+
+TEST(quantize_rounds_to_the_nearest) {
+  constexpr int kHeadDim = 40;
+  std::mt19937 rng(3);
+  std::vector<float> x = normal<float>(3 * kHeadDim, rng), scales(3, NAN);
+  std::fill_n(x.begin(), kHeadDim, 0.0f);
+  std::vector<std::int8_t> values(x.size());
+  mlx_server::host_launch({3, 1, 1}, 32,
+                          [&] { quantize_kernel<float, kHeadDim>(x.data(), values.data(), scales.data()); });
+  CHECK_EQ(scales[0], 0.0f);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    CHECK_NEAR(values[i] * scales[i / kHeadDim], x[i], 0.501 * scales[i / kHeadDim]);
+  }
+  x[0] = NAN;
+  x[kHeadDim] = INFINITY;
+  mlx_server::host_launch({3, 1, 1}, 32,
+                          [&] { quantize_kernel<float, kHeadDim>(x.data(), values.data(), scales.data()); });
+  CHECK(std::isnan(scales[0]) && std::isnan(scales[1]) && std::isfinite(scales[2]));
 }
 
 }  // namespace

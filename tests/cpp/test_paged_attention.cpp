@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -46,8 +47,8 @@ struct Batch {
     sinks = normal(static_cast<std::size_t>(num_heads_), rng);
     out.resize(q.size(), NAN);
     op = {.q = q.data(),
-          .k_pool = k.data(),
-          .v_pool = v.data(),
+          .keys = {.floats = k.data()},
+          .values = {.floats = v.data()},
           .block_tables = tables.data(),
           .sinks = with_sinks ? sinks.data() : nullptr,
           .out = out.data(),
@@ -71,7 +72,25 @@ struct Batch {
     return static_cast<std::size_t>((slot * op.num_kv_heads + head / (op.num_heads / op.num_kv_heads)) * op.head_dim);
   }
 
+  // Keys and values are integers from now on; k and v become what these stand for.
+  void quantize() {
+    for (auto [floats, integers, scales, rows] :
+         {std::tuple(&k, &k_integers, &k_scales, &op.keys), std::tuple(&v, &v_integers, &v_scales, &op.values)}) {
+      const std::size_t head_dim = op.head_dim;
+      for (std::size_t i = 0; i < floats->size(); ++i) {
+        if (i % head_dim == 0) {
+          scales->push_back(0.01f * static_cast<float>(1 + i / head_dim % 3));
+        }
+        integers->push_back(static_cast<std::int8_t>(static_cast<int>(i * 37 % 255) - 127));
+        (*floats)[i] = static_cast<float>(integers->back()) * scales->back();
+      }
+      *rows = {.integers = integers->data(), .scales = scales->data()};
+    }
+  }
+
   std::vector<int> query_lens, context_lens;
+  std::vector<std::int8_t> k_integers, v_integers;
+  std::vector<float> k_scales, v_scales;
   std::vector<std::int32_t> tables;
   std::vector<float> q, k, v, sinks, out;
   PagedAttention op;
@@ -139,6 +158,15 @@ TEST(agrees_with_the_definition) {
       check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window), *kernel, pool);
       check_batch(Batch({1, 5, 1, 40, 33}, {1, 5, 200, 40, 130}, 16, 6, 2, 64, window, 0.5f, true), *kernel, pool);
     }
+  }
+}
+
+TEST(integers_with_scales) {
+  ThreadPool pool(2);
+  for (const AttentionKernel* kernel : attention_kernels()) {
+    Batch batch({1, 5, 40}, {200, 5, 130}, 16, 6, 2, 24, 90);
+    batch.quantize();
+    check_batch(batch, *kernel, pool);
   }
 }
 
