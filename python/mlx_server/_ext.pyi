@@ -164,9 +164,13 @@ def moe_mlp_fallback(x: mlx.core.array, experts: mlx.core.array, weights: mlx.co
     """The specification of `moe_mlp` in MLX's own ops, for tests."""
 
 class KVPool:
-    """One layer's keys and values [N, block_size, Hk, D]."""
+    """
+    One layer's keys and values [N, block_size, Hk, D].
 
-    def __init__(self, keys: mlx.core.array, values: mlx.core.array) -> None: ...
+    With scales, float32 [N, block_size, Hk] each, they are int8, to be multiplied by the scale of their token and head.
+    """
+
+    def __init__(self, keys: mlx.core.array, values: mlx.core.array, key_scales: mlx.core.array | None = None, value_scales: mlx.core.array | None = None) -> None: ...
 
     @property
     def keys(self) -> mlx.core.array: ...
@@ -174,7 +178,13 @@ class KVPool:
     @property
     def values(self) -> mlx.core.array: ...
 
-def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype) -> KVPool: ...
+    @property
+    def key_scales(self) -> mlx.core.array | None: ...
+
+    @property
+    def value_scales(self) -> mlx.core.array | None: ...
+
+def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype, *, bits: int | None = None) -> KVPool: ...
 
 def write_kv(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> KVPool: ...
 

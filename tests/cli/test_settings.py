@@ -13,6 +13,7 @@ from mlx_server.errors import SettingError
 
 # Flag, variable, field, a value and what it becomes.
 SETTINGS = [
+    ("--kv-bits", "MLX_SERVER_KV_BITS", "kv_bits", "8", 8),
     ("--model", "MLX_SERVER_MODEL", "model", "org/name", "org/name"),
     ("--host", "MLX_SERVER_HOST", "host", "127.0.0.1", "127.0.0.1"),
     ("--port", "MLX_SERVER_PORT", "port", "0", 0),
@@ -48,6 +49,7 @@ WRONG = [
     ("--tool-parser", "MLX_SERVER_TOOL_PARSER", ["", "Hermes", "xml"]),
     ("--max-queue", "MLX_SERVER_MAX_QUEUE", ["0", "-1", "many"]),
     ("--log-level", "MLX_SERVER_LOG", ["", "loud"]),
+    ("--kv-bits", "MLX_SERVER_KV_BITS", ["", "4", "16", "eight"]),
 ]
 
 

@@ -215,6 +215,69 @@ def test_query_does_not_depend_on_how_the_prompt_was_cut(window: int | None) -> 
             np.testing.assert_allclose(chunk.run(), together[begin:end], atol=1e-6)
 
 
+class QuantizedCase(Case):
+    """The same, in a pool of 8 bits, and the oracle over what the pool holds."""
+
+    def fill_pool(self) -> KVPool:
+        num_blocks, block_size, kv_heads, head_dim = self.k_pool.shape
+        pool = new_kv_pool(self.k_pool.shape, mx.float32, bits=8)
+        flat = (num_blocks * block_size, kv_heads, head_dim)
+        k, v = (mx.array(x.reshape(flat)) for x in (self.k_pool, self.v_pool))
+        pool = write_kv(pool, k, v, mx.arange(flat[0]))
+        assert pool.key_scales is not None and pool.value_scales is not None
+        self.k_pool = np.array(pool.keys).astype(np.float32) * np.array(pool.key_scales)[..., None]
+        self.v_pool = np.array(pool.values).astype(np.float32) * np.array(pool.value_scales)[..., None]
+        return pool
+
+    def run_and_compare(self, op: Op, dtype: mx.Dtype = mx.float32) -> None:
+        pool = self.fill_pool()
+        out = op(
+            mx.array(self.q).astype(dtype),
+            pool,
+            AttentionBatch(mx.array(self.block_tables), self.query_lens, self.context_lens),
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
+        np.testing.assert_allclose(np.array(out.astype(mx.float32)), self.expected(), atol=ATOL[dtype], rtol=0)
+
+    def expected(self, dtype: mx.Dtype = mx.float32) -> NDArray[np.float64]:
+        return super().expected(mx.float32)
+
+
+@OPS
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256, 7])
+def test_eight_bits(op: Op, head_dim: int) -> None:
+    QuantizedCase(MIXED + LONG, head_dim=head_dim, heads=6).run_and_compare(op)
+
+
+@OPS
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_eight_bits_with_half_precision(op: Op, dtype: mx.Dtype) -> None:
+    case = QuantizedCase(MIXED + LONG, window=200, softcap=20.0)
+    case.q = np.array(mx.array(case.q).astype(dtype).astype(mx.float32))
+    case.run_and_compare(op, dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["float32", "float16", "bfloat16"])
+def test_eight_bits_are_the_nearest(dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(2)
+    k, v = (mx.array(x).astype(dtype) for x in rng.standard_normal((2, 8, 2, 64)).astype(np.float32))
+    k[0] = 0.0
+    k[1, 0, 0] = mx.nan
+    pool = write_kv(new_kv_pool((4, 2, 2, 64), dtype, bits=8), k, v, mx.arange(8)[::-1])
+    assert pool.key_scales is not None and pool.value_scales is not None
+    for x, integers, factors in [(k, pool.keys, pool.key_scales), (v, pool.values, pool.value_scales)]:
+        expected = np.array(x.astype(mx.float32))[::-1]
+        scales = np.array(factors).reshape(8, 2, 1)
+        held = np.array(integers).reshape(8, 2, 64) * scales
+        is_nan = np.isnan(expected).any(-1)
+        assert np.isnan(held[is_nan]).all()
+        expected, held, scales = expected[~is_nan], held[~is_nan], scales[~is_nan]
+        np.testing.assert_allclose(scales[..., 0], np.abs(expected).max(-1) / 127, rtol=1e-6)
+        assert (np.abs(held - expected) <= 0.501 * scales).all()
+
+
 def test_no_rows() -> None:
     pool = new_kv_pool((4, 16, 2, 64), mx.float32)
     batch = AttentionBatch(mx.zeros((0, 2), mx.int32), [], [])
@@ -282,6 +345,14 @@ def test_wrong_batches(change: dict[str, Any], message: str) -> None:
             {"batch": AttentionBatch(mx.zeros((2, 2), mx.int32), [1, 2], [9, 33])},
             r"at most M \* block_size = 32 but row 1 got 33",
         ),
+        (
+            {
+                "pool": KVPool(
+                    mx.zeros((4, 16, 2, 64), mx.int8), mx.zeros((4, 16, 2, 64), mx.int8), mx.zeros((4, 16, 2))
+                )
+            },
+            r"must have keys and values of int8 and float32 scales \(4,16,2\)",
+        ),
         ({"scale": -1.0}, r"scale must be at least 0 but got -1"),
         ({"window": 0}, r"window must be at least 1 but got 0"),
         ({"softcap": 0.0}, r"softcap must be greater than 0 but got 0"),
@@ -328,6 +399,11 @@ def test_blocks_without_tokens_take_no_memory_on_the_cpu() -> None:
         pool = new_kv_pool((1024, 1024, 1, 64), mx.float32)
         mx.eval(pool.keys, pool.values)
     assert resident_bytes() - before < pool.keys.nbytes // 10
+
+
+def test_new_pool_knows_eight_bits_only() -> None:
+    with pytest.raises(ValueError, match="bits must be 8 or None but got 4"):
+        new_kv_pool((4, 16, 2, 64), mx.float32, bits=4)
 
 
 def test_new_pool_refuses_sizes_below_one() -> None:

@@ -56,7 +56,7 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
     limit, step_bytes = launch.settings.memory_limit, measure_step(model)
-    plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes)
+    plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes, kv_bits=launch.settings.kv_bits)
     use = memory_use(model, plan, limit=limit, step_bytes_per_token=step_bytes)
     apply_limit(use)
     core = make_engine_core(model, plan, model_name=launch.model.name, max_queue=launch.settings.max_queue)

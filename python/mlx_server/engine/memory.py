@@ -55,18 +55,22 @@ class MemoryPlan:
     max_batch_tokens: int = MAX_BATCH_TOKENS[mx.cpu]
     max_running: int = MAX_RUNNING
     num_snapshots: int = 0  # recurrent states of the past, each as large as that of a running request
+    kv_bits: int | None = None  # of a key's or value's element; None: of the model's dtype
 
     @property
     def num_tokens(self) -> int:
         return self.num_blocks * self.block_size
 
 
-def plan_memory(model: Model, *, limit: str | None = None, step_bytes_per_token: int = 0) -> MemoryPlan:
+def plan_memory(
+    model: Model, *, limit: str | None = None, step_bytes_per_token: int = 0, kv_bits: int | None = None
+) -> MemoryPlan:
     """Size the pool for `model`, whose weights are loaded, on the default device.
 
     Args:
         limit: what weights, caches and scratch may take together, such as 8GB or 80%; None: most of what is there.
         step_bytes_per_token: of activations, see `warm_up.measure_step`.
+        kv_bits: of the KV cache's elements; None: those of the model's dtype.
     Raises:
         ModelLoadError: `limit` leaves no room for the KV cache.
     """
@@ -74,7 +78,7 @@ def plan_memory(model: Model, *, limit: str | None = None, step_bytes_per_token:
     scratch_bytes = _scratch_bytes(model, max_batch_tokens, step_bytes_per_token)
     limit_bytes, weight_bytes = _limit_bytes(limit), mx.get_active_memory()
     slot_bytes = RecurrentStates.bytes_per_slot(model.state_spec)
-    block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec)
+    block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec, kv_bits)
     budget_bytes = limit_bytes - weight_bytes - scratch_bytes - MAX_RUNNING * slot_bytes
     num_snapshots = max(min(MAX_SNAPSHOTS, int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0) if slot_bytes else 0
     budget_bytes -= num_snapshots * slot_bytes
@@ -89,7 +93,7 @@ def plan_memory(model: Model, *, limit: str | None = None, step_bytes_per_token:
         if limit is not None:
             raise ModelLoadError(f"{fault} is the --memory-limit: raise it, or take a smaller or more quantized model.")
         log.warning("%s should be used on this machine: it may become slow, or run out of memory", fault)
-    return MemoryPlan(max(num_blocks, least_blocks), BLOCK_SIZE, max_batch_tokens, MAX_RUNNING, num_snapshots)
+    return MemoryPlan(max(num_blocks, least_blocks), BLOCK_SIZE, max_batch_tokens, MAX_RUNNING, num_snapshots, kv_bits)
 
 
 def memory_use(model: Model, plan: MemoryPlan, *, limit: str | None = None, step_bytes_per_token: int = 0) -> MemoryUse:
@@ -97,7 +101,7 @@ def memory_use(model: Model, plan: MemoryPlan, *, limit: str | None = None, step
     num_slots = plan.max_running + plan.num_snapshots
     return MemoryUse(
         weights=mx.get_active_memory(),
-        kv_cache=plan.num_tokens * KVPools.bytes_per_token(model.kv_spec),
+        kv_cache=plan.num_tokens * KVPools.bytes_per_token(model.kv_spec, plan.kv_bits),
         states=num_slots * RecurrentStates.bytes_per_slot(model.state_spec),
         scratch=_scratch_bytes(model, plan.max_batch_tokens, step_bytes_per_token),
         limit=_limit_bytes(limit),

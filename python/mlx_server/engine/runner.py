@@ -69,7 +69,7 @@ class ModelRunner:
         self._allocate()
 
     def _allocate(self) -> None:
-        self._pools = KVPools(self._model.kv_spec, self._plan.num_blocks, self._plan.block_size)
+        self._pools = KVPools(self._model.kv_spec, self._plan.num_blocks, self._plan.block_size, self._plan.kv_bits)
         self._states = RecurrentStates(self._model.state_spec, self._plan.max_running + self._plan.num_snapshots)
 
     def _launch(self, batch: Batch, previous: _Step | None) -> _Step:

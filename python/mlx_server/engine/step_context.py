@@ -4,26 +4,27 @@ import mlx.core as mx
 
 from mlx_server.engine.batch import BatchArrays, SlotCopies
 from mlx_server.models.base import KVSpec, StateSpec
-from mlx_server.ops.attention import AttentionBatch, new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.attention import AttentionBatch, new_kv_pool, paged_attention, pool_arrays, write_kv
 from mlx_server.ops.copy_rows import copy_rows
 from mlx_server.ops.gated_delta import gated_delta
 
 
 class KVPools:
-    """Keys and values of every layer with attention: [N, block_size, Hk, D] each."""
+    """Keys and values [N, block_size, Hk, D] of every layer with attention, of `bits` bits or the spec's dtype."""
 
-    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
+    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int, bits: int | None = None) -> None:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        self.layers = [new_kv_pool(shape, spec.dtype) for _ in range(spec.num_layers)]
+        self.layers = [new_kv_pool(shape, spec.dtype, bits=bits) for _ in range(spec.num_layers)]
         mx.eval(self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [array for pool in self.layers for array in (pool.keys, pool.values)]
+        return [array for pool in self.layers for array in pool_arrays(pool)]
 
     @staticmethod
-    def bytes_per_token(spec: KVSpec) -> int:
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.size
+    def bytes_per_token(spec: KVSpec, bits: int | None = None) -> int:
+        head_bytes = spec.head_dim * spec.dtype.size if bits is None else spec.head_dim * bits // 8 + mx.float32.size
+        return 2 * spec.num_layers * spec.num_kv_heads * head_bytes
 
 
 class RecurrentStates:

@@ -10,18 +10,25 @@ import mlx.core as mx
 from mlx_server import _ext
 from mlx_server._ext import AttentionBatch, KVPool
 
-__all__ = ["AttentionBatch", "KVPool", "new_kv_pool", "paged_attention", "write_kv"]
+__all__ = ["AttentionBatch", "KVPool", "new_kv_pool", "paged_attention", "pool_arrays", "write_kv"]
 
 
-def new_kv_pool(shape: tuple[int, int, int, int], dtype: mx.Dtype) -> KVPool:
+def new_kv_pool(shape: tuple[int, int, int, int], dtype: mx.Dtype, *, bits: int | None = None) -> KVPool:
     """A pool for one layer's keys and values, [N, block_size, Hk, D] each, with undefined contents.
 
-    On the CPU, blocks that no token was ever written to take no memory.
+    With bits, which must be 8, of integers and one scale for each token and head instead of `dtype`. On the CPU, blocks
+    that no token was ever written to take no memory.
 
     Raises:
-        ValueError: a size is less than 1.
+        ValueError: a size is less than 1, or bits is neither 8 nor None.
     """
-    return _ext.new_kv_pool(shape, dtype)
+    return _ext.new_kv_pool(shape, dtype, bits=bits)
+
+
+def pool_arrays(pool: KVPool) -> list[mx.array]:
+    """The arrays of which a pool consists, for `mx.eval`."""
+    arrays = (pool.keys, pool.values, pool.key_scales, pool.value_scales)
+    return [array for array in arrays if array is not None]
 
 
 def write_kv(pool: KVPool, k: mx.array, v: mx.array, slot_mapping: mx.array) -> KVPool:
@@ -31,7 +38,7 @@ def write_kv(pool: KVPool, k: mx.array, v: mx.array, slot_mapping: mx.array) -> 
     `self.pool = write_kv(self.pool, ...)`. That holds also while steps that read other slots are in flight.
 
     Args:
-        k, v: [T, Hk, D], cast to the pool's dtype.
+        k, v: [T, Hk, D], cast to the pool's dtype, or rounded to integers of -127 to 127 times a scale for each head.
         slot_mapping: [T] int32, `block * block_size + offset` of each token, distinct; its values are not checked.
     Returns:
         The pool with the tokens written.
