@@ -180,12 +180,22 @@ def test_requests_wait_for_the_state_that_another_computes() -> None:
     assert engine.run(*messages) == [0, 20, 20, 20]
 
 
+def test_no_step_is_cut_for_a_small_gain() -> None:
+    engine = Engine(RECURRENT, max_batch_tokens=64)
+    engine.submit(make_submit("short", SYSTEM[:15], 5))
+    engine.step()
+    assert engine.num_computed_tokens == 15
+    engine.submit(make_submit("long", SYSTEM, 5))
+    engine.step()
+    assert engine.num_computed_tokens == 15 + 1 + 16
+
+
 def test_states_of_the_past_are_bounded() -> None:
     engine = Engine(1)
-    first, second = make_submit("first", [1] * 10, 1), make_submit("second", [2] * 10, 1)
+    first, second = make_submit("first", [1] * 20, 1), make_submit("second", [2] * 20, 1)
     engine.run(first)
     engine.run(second)
-    assert engine.run(make_submit("second again", second.prompt_token_ids, 1)) == [8]
+    assert engine.run(make_submit("second again", second.prompt_token_ids, 1)) == [16]
     assert engine.run(make_submit("first again", first.prompt_token_ids, 1)) == [0]
     assert Engine(0).run(first, second) == [0, 0]
 

@@ -75,7 +75,8 @@ class KVCacheManager:
         num_tokens = min(request.num_uncomputed_tokens, max_tokens)
         if self._snapshots is None:
             return num_tokens
-        if request.slot is None and any(self._snapshots.awaits(request, other) for other in self._running):
+        is_new = request.slot is None and not request.scores_prompt
+        if is_new and any(self._snapshots.awaits(request, other) for other in self._running):
             self.free(request)
             return 0
         save_pos = self._snapshots.next_pos(request)
@@ -162,6 +163,7 @@ class KVCacheManager:
         request.num_freed_blocks = 0
         request.num_published_blocks = 0
         request.num_computed_tokens = 0
+        request.saved_pos = 0
         request.restore_from = request.answer_snapshot = None
         if request.slot is not None:
             self._free_slots.append(request.slot)
@@ -197,6 +199,7 @@ class KVCacheManager:
             return
         if self._snapshots is not None:
             request.restore_from = self._snapshots.use(path[num_usable - 1])
+            request.saved_pos = end_pos
         self._replace(request, first, path[:num_usable])
         request.num_published_blocks = first + num_usable
         request.num_computed_tokens = end_pos

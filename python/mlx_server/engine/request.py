@@ -57,7 +57,8 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt: never computed for this request
     slot: int | None = None  # of the recurrent states, while running
     restore_from: int | None = None  # slot of the state from which the next step goes on
-    shared_pos: int = 0  # end of what others have computed too; models with recurrent states only, like the next two
+    shared_pos: int = 0  # end of what others have computed too; models with recurrent states only, like the next ones
+    saved_pos: int = 0  # of the newest state that is saved, or that it began with
     pending_snapshot: PendingSnapshot | None = None
     answer_snapshot: int | None = None  # block after which the newest state of the answer is saved
     num_served_tokens: int = 0  # ever computed, and so counted against the client's share: recomputing them is not

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from mlx_server.engine.request import PendingSnapshot, Request
 
+MIN_GAIN_BLOCKS = 4  # a state must save more than that: steps end where states are saved, and a step has its price
 PROMPT_INTERVAL = 2048  # tokens of a long prompt between states: where another prompt may part from it
 ANSWER_INTERVAL = 64  # tokens of an answer between states, of which the newest is kept: the next turn goes on from it
 
@@ -22,6 +23,7 @@ class StateSnapshots:
     def __init__(self, first_slot: int, num_slots: int, block_size: int) -> None:
         self._slots = range(first_slot, first_slot + num_slots)
         self._block_size = block_size
+        self._min_gain = MIN_GAIN_BLOCKS * block_size
         self._free = list(self._slots)
         self._slot_of: OrderedDict[int, int] = OrderedDict()  # by block; used longest ago first
 
@@ -36,10 +38,10 @@ class StateSnapshots:
 
     def next_pos(self, request: Request) -> int | None:
         """Where, while its prompt is computed, the request's state should be saved next: at the end of what it shares
-        with another, then so that the same prompt, or one that goes on from it, finds it."""
+        with another, then so that the same prompt, or one that goes on from it, finds it; if that saves enough."""
         if not self._slots:
             return None
-        start_pos = request.num_computed_tokens
+        start_pos = max(request.num_computed_tokens, request.saved_pos + self._min_gain - 1)
         last_pos = (len(request.prompt_token_ids) - 1) // self._block_size * self._block_size
         interval = max(PROMPT_INTERVAL // self._block_size, 1) * self._block_size
         regular_pos = (start_pos // interval + 1) * interval
@@ -54,6 +56,7 @@ class StateSnapshots:
             return None
         slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
         request.pending_snapshot = PendingSnapshot(slot, end_pos // self._block_size - 1)
+        request.saved_pos = end_pos
         return slot
 
     def settle(self, request: Request, block: int | None) -> None:
@@ -78,7 +81,7 @@ class StateSnapshots:
             positions.append((other.pending_snapshot.index + 1) * self._block_size)
         return request.cache_salt == other.cache_salt and any(
             pos is not None
-            and request.num_computed_tokens < pos < request.num_tokens
+            and request.num_computed_tokens + self._min_gain <= pos < request.num_tokens
             and request.known_tokens(0, pos) == other.known_tokens(0, pos)
             for pos in positions
         )
