@@ -89,7 +89,7 @@ def test_wrong_methods_at_anthropics(client: falcon.testing.TestClient) -> None:
 )
 def test_anthropics_types(status: int, kind: str, anthropics_status: int) -> None:
     reply = ErrorReply(status, "x", "text", "field", "code", {"retry-after": "5"}).for_anthropic()
-    assert (reply.status, reply.type, reply.headers) == (anthropics_status, kind, {"retry-after": "5"})
+    assert (reply.status, reply.details.type, reply.headers) == (anthropics_status, kind, {"retry-after": "5"})
 
 
 def test_anthropics_client_knows_the_overload() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import falcon
 
+from mlx_server.api.anthropic.messages import CountTokens, Messages
 from mlx_server.api.deps import Deps
 from mlx_server.api.errors import add_error_handlers
 from mlx_server.api.health import Health, Root
@@ -43,6 +44,8 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/v1/models": Models(deps),
         "/v1/models/{name:path}": ModelById(deps),
         "/v1/chat/completions": ChatCompletions(deps),
+        "/v1/messages": Messages(deps),
+        "/v1/messages/count_tokens": CountTokens(deps),
         "/openapi.json": openapi,
         "/docs": Docs(),
     }

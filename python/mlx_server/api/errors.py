@@ -33,6 +33,7 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+THREAD_UNSUPPORTED = "thread_unsupported_request"  # on it Anthropic's clients send the whole conversation
 _ANTHROPIC_OVERLOADED = 529  # where others say 503
 
 
@@ -67,6 +68,7 @@ class OpenAIError(msgspec.Struct):
 
 class AnthropicErrorCode(msgspec.Struct):
     error_code: str  # stable, for programs
+    unsupported: list[str] | msgspec.UnsetType = msgspec.UNSET  # with thread_unsupported_request: the fields
 
 
 class AnthropicErrorDetails(msgspec.Struct):
@@ -99,22 +101,23 @@ class ErrorReply(msgspec.Struct, frozen=True):
     def for_anthropic(self) -> "AnthropicErrorReply":
         status = _ANTHROPIC_OVERLOADED if self.status == 503 else self.status
         kind = _ANTHROPIC_TYPES.get(status, _INVALID if status < 500 else "api_error")
-        return AnthropicErrorReply(status, kind, self.message, self.code, self.headers)
+        details: AnthropicErrorCode | msgspec.UnsetType = msgspec.UNSET
+        if self.code is not None:
+            fields = [self.param] if self.param is not None and self.code == THREAD_UNSUPPORTED else msgspec.UNSET
+            details = AnthropicErrorCode(self.code, fields)
+        return AnthropicErrorReply(status, AnthropicErrorDetails(kind, self.message, details), self.headers)
 
 
 class AnthropicErrorReply(msgspec.Struct, frozen=True):
     """An error as Anthropic's clients see it, in an answer or in a stream."""
 
     status: int
-    type: str
-    message: str
-    code: str | None
+    details: AnthropicErrorDetails
     headers: dict[str, str]
 
     def body(self, request_id: str) -> bytes:
         """In Anthropic's envelope."""
-        details = msgspec.UNSET if self.code is None else AnthropicErrorCode(self.code)
-        return msgspec.json.encode(AnthropicError(AnthropicErrorDetails(self.type, self.message, details), request_id))
+        return msgspec.json.encode(AnthropicError(self.details, request_id))
 
 
 def speaks_anthropic(path: str, headers: Mapping[str, str]) -> bool:
