@@ -134,6 +134,10 @@ def nested(depth: int) -> dict[str, Any]:
         (Lark(source='start: "a" b', param=PARAM), "unknown name"),
         (Lark(source="", param=PARAM), ""),
         (Gbnf(source="root :: 7", param=PARAM), "Expected ::="),
+        (Gbnf(source="", param=PARAM), "No 'root' rule"),
+        (Gbnf(source="root ::= a", param=PARAM), "Rule 'a' not found"),
+        (Gbnf(source='root ::= "a"{99999999999}', param=PARAM), ""),
+        (Gbnf(source="#" * 40_000, param=PARAM), "larger than 32 kB"),
         (Gbnf(source="root ::= " + "(" * 5000, param=PARAM), "nested too deep"),
     ],
 )

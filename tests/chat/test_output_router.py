@@ -210,6 +210,12 @@ def test_characters_of_several_tokens() -> None:
     assert [token.utf8 for token in tokens] == [utf8[i : i + 1] for i in range(6)]
 
 
+def test_special_tokens_without_text_have_no_scores() -> None:
+    tape = LogprobTape(lambda token_id: [b"a", b"<eos>", b"b"][token_id])
+    events = route_scored(make(tape=tape), tape, list(enumerate(["a", "", "b"])))
+    assert check_scores(events) == [0, -2]
+
+
 def test_impossible_tokens_have_finite_scores() -> None:
     tape = LogprobTape(lambda _: b"\xf0")
     tape.add(7, "a", wire.TokenLogprobs(-float("inf"), [1], [-float("inf")]))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from mlx_server.chat.reasoning import Tags
 from mlx_server.chat.tool_parsers.base import Marker, ToolParser, quoted, text_up_to
@@ -18,6 +18,7 @@ from mlx_server.chat.types import ChatRequest, Choice, Gbnf, Grammar, JsonSchema
 from mlx_server.errors import InvalidRequestError
 
 MAX_GRAMMAR_BYTES = 128 << 10
+MAX_GBNF_BYTES = 32 << 10  # read by Python, 0.1 s
 MAX_SCHEMA_DEPTH = 64
 _MAX_ERROR_LENGTH = 500
 # In llguidance's units: what it may take to read a grammar, about 0.2 s of one core.
@@ -103,12 +104,7 @@ def _definition(grammar: Grammar) -> dict[str, Any]:
         case Lark(source=source):
             return {"lark_grammar": source}
         case Gbnf(source=source):
-            try:
-                return {"lark_grammar": any_to_lark(source)}
-            except GbnfToLarkError as error:
-                raise _invalid(grammar.param, str(error)) from None
-            except RecursionError:
-                raise _invalid(grammar.param, "the grammar is nested too deep") from None
+            return {"lark_grammar": _lark_of_gbnf(source, grammar.param)}
         case Choice(choices=choices):
             return {"lark_grammar": "start: " + " | ".join(quoted(choice) for choice in choices)}
 
@@ -119,6 +115,18 @@ def _bounded(schema: dict[str, Any] | bool) -> dict[str, Any] | bool:
 
 def _lark_of_regex(pattern: str) -> str:
     lark: str = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"]
+    return lark
+
+
+def _lark_of_gbnf(source: str, param: str) -> str:
+    if len(source) > MAX_GBNF_BYTES:
+        raise _invalid(param, f"the grammar is larger than {MAX_GBNF_BYTES >> 10} kB")
+    try:
+        lark: str = any_to_lark(source)
+    except RecursionError:
+        raise _invalid(param, "the grammar is nested too deep") from None
+    except Exception as error:  # noqa: BLE001 - the type that llguidance raises
+        raise _invalid(param, str(error)) from None
     return lark
 
 

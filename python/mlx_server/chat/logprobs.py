@@ -109,8 +109,9 @@ class LogprobTape:
         result = []
         for scored in group.tokens[:-1]:
             part = self._token_bytes(scored.token_id)
-            result.append(token_logprobs("", part, scored.scores, self._token_bytes))
-            utf8 = utf8.removeprefix(part)
+            if utf8.startswith(part):  # else it is a special token, which has no text
+                result.append(token_logprobs("", part, scored.scores, self._token_bytes))
+                utf8 = utf8.removeprefix(part)
         return [
             *result,
             *(token_logprobs(text, utf8, scored.scores, self._token_bytes) for scored in group.tokens[-1:]),
