@@ -135,16 +135,18 @@ class KVCacheManager:
         if self._snapshots is not None:
             self._snapshots.clear()
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, *, thorough: bool = True) -> None:
+        """`thorough`: also that each cached block can be found, which takes a millisecond for every thousand."""
         self._pool.check_integrity()
-        self._tree.check_integrity()
+        if thorough:
+            self._tree.check_integrity()
         assert len(set(self._free_slots)) == len(self._free_slots) == self._num_slots - len(self._running)
         if self._snapshots is not None:
             pending = [request.pending_snapshot for request in self._running]
             self._snapshots.check_integrity([snapshot.slot for snapshot in pending if snapshot])
 
     def check_all_free(self) -> None:
-        self.check_integrity()
+        """No request owns anything."""
         assert self.num_free_blocks == self._pool.num_blocks
         assert len(self._free_slots) == self._num_slots
 

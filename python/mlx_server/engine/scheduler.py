@@ -341,9 +341,9 @@ class Scheduler:
         self._running.remove(request)
         self.kv_cache.free(request)
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, *, thorough: bool = True) -> None:
         """Idle means that every block is back."""
-        self.kv_cache.check_integrity()
+        self.kv_cache.check_integrity(thorough=thorough)
         if not self._by_id:
             assert not self._running and not self._queue and not self._suspects
             self.kv_cache.check_all_free()

@@ -46,7 +46,7 @@ class EngineServer:
         if self._core.has_work:
             self._send_outputs(self._step())
             if not self._core.has_work:
-                self._core.check_integrity()
+                self._core.check_integrity(thorough=False)
 
     def close(self) -> None:
         self._socket.close()
