@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_server.chat.incremental import Arguments, CallStart, Part, Text
+from mlx_server.chat.incremental import Arguments, CallStart, Part, Text, whole_object
 from mlx_server.chat.template import ChatTemplate
 from mlx_server.chat.tool_parsers import TOOL_PARSERS, tool_parser_of
 from mlx_server.chat.types import Tool
@@ -196,6 +196,27 @@ def test_whole_calls_have_whole_arguments(name: str, text: str, expected: Seen) 
     calls = [part for part in expected if isinstance(part, tuple)]
     if calls and not isinstance(expected[-1], str) and text[-1] in ">]}`":
         assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls)
+
+
+@pytest.mark.parametrize(
+    "cut, whole",
+    [
+        ('{"a": {"b": [1, "é"]}}', '{"a": {"b": [1, "é"]}}'),
+        ('{"a": {"b": [1, "é', '{"a": {"b": [1, "é"]}}'),
+        ('{"a": 1, "b": tr', '{"a": 1}'),
+        ('{"a": 1, "b', '{"a": 1}'),
+        ('{"a": 1, "b": "x\\', '{"a": 1, "b": ""}'),
+        ('{"a": 1, "b": "x,\\u00', '{"a": 1, "b": "x"}'),
+        ('{"a": -', "{}"),
+        ("{'a'", "{}"),
+        ("{]", "{}"),
+        ("{", "{}"),
+        ("", "{}"),
+        ("[" * 100_000, "{}"),
+    ],
+)
+def test_arguments_that_are_cut(cut: str, whole: str) -> None:
+    assert whole_object(cut) == whole
 
 
 def test_arguments_stream() -> None:

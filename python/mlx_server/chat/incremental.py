@@ -4,6 +4,7 @@ A parser is a generator that reads as if all of its text were there, and yields 
 no states by hand, and how the text is cut can't change what it finds.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -200,6 +201,31 @@ class IncrementalParser(ABC):
             self.drop_read()
 
 
+def whole_object(arguments: str) -> str:
+    """The JSON text of an object that may be cut: what is open is closed, and what can't be closed is left out."""
+    nesting = _Nesting()
+    cuts = [(0, "{}")]  # where the text may end, and what closes it there
+    for i, char in enumerate(arguments):
+        if char == ",":
+            cuts.append((i, nesting.closing))
+        try:
+            nesting.feed(char)
+        except Malformed:
+            break
+        if char in '}]"':
+            cuts.append((i + 1, nesting.closing))
+    else:
+        cuts.append((len(arguments), nesting.closing))
+    for end, closing in reversed(cuts):
+        text = arguments[:end] + closing
+        try:
+            if isinstance(json.loads(text), dict):
+                return text
+        except (ValueError, RecursionError):
+            continue
+    return "{}"
+
+
 class _Nesting:
     """Where a JSON value ends, by its brackets and quotes."""
 
@@ -207,6 +233,11 @@ class _Nesting:
         self.is_whole = False
         self._closing: list[str] = []
         self._quoted = self._escaped = False
+
+    @property
+    def closing(self) -> str:
+        """What would make the value whole."""
+        return '"' * self._quoted + "".join(reversed(self._closing))
 
     def feed(self, char: str) -> None:
         """Take the next character. Malformed if JSON has none such there."""

@@ -185,7 +185,10 @@ class ToolCallStart(msgspec.Struct, frozen=True):
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True):
-    """The next piece of a call's arguments. All pieces together are JSON text, an object."""
+    """The next piece of a call's arguments. All pieces together are the JSON text of an object.
+
+    They are only the beginning of one where max_tokens, or the model's own fault, cut it: see `whole_object`.
+    """
 
     call_index: int
     arguments: str  # never empty
