@@ -74,6 +74,14 @@ def test_a_tool_call(sdk: anthropic.Anthropic, backend: Backend, streamed: bool)
     assert (call.name, call.input, call.id[:6]) == ("f", {"a": 1}, "toolu_")
 
 
+def test_a_tool_call_that_is_cut(sdk: anthropic.Anthropic, backend: Backend) -> None:
+    backend.engine.script = answer('<tool_call>{"name": "f", "arguments": {"a": 1, "b": "Zür')
+    message = sdk.messages.create(model="tiny", max_tokens=57, messages=HELLO, tools=[TOOL])
+    (call,) = message.content
+    assert call.type == "tool_use"
+    assert (call.input, message.stop_reason) == ({"a": 1, "b": "Zür"}, "max_tokens")
+
+
 def test_a_stop_sequence_is_named(sdk: anthropic.Anthropic) -> None:
     message = sdk.messages.create(model="tiny", max_tokens=64, messages=HELLO, stop_sequences=["x", "lo"])
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "lo")

@@ -22,6 +22,7 @@ from mlx_server.api.errors import ErrorReply
 from mlx_server.api.openapi import Operation
 from mlx_server.api.respond import respond
 from mlx_server.chat import types as chat
+from mlx_server.chat.incremental import whole_object
 from mlx_server.chat.prompt import chat_tokens, render_chat
 from mlx_server.chat.types import Done, Event, PromptProgress, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStart
 
@@ -113,7 +114,7 @@ class MessageWriter:
         assert done is not None
         for block in blocks:
             if block["type"] == "tool_use":
-                block["input"] = msgspec.Raw(block["input"].encode() or b"{}")
+                block["input"] = msgspec.Raw(whole_object(block["input"]).encode())
         stop_reason, stop_sequence = self._stop_reason(done)
         return _encode(
             Message(
