@@ -76,6 +76,22 @@ def test_mistrals_ids_are_nine_characters() -> None:
     assert [shown[1]["tool_call_id"], shown[2]["tool_call_id"]] == [made, "123456789"]
 
 
+STRICT = (
+    "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('a system message must be first') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}{% endfor %}"
+)
+
+
+def test_later_system_messages_where_the_template_refuses_them() -> None:
+    system, assistant = ChatMessage(role="system", content="s"), ChatMessage(role="assistant", content="a")
+    messages = [system, USER, system, assistant, system, USER]
+    assert render(STRICT, *messages) == "<system>s<user>hi\n\ns<assistant>a<user>s\n\nhi"
+    assert render(STRICT.replace("not loop.first", "false"), *messages).count("<system>") == 3
+    with pytest.raises(InvalidRequestError, match="chosen"):
+        render("{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('chosen') }}{% endif %}", USER, USER)
+
+
 # --- templates without tools ---
 
 

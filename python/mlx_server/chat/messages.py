@@ -31,6 +31,24 @@ def template_messages(
     return shown if "tools" in template.variables else _without_tools(shown, tools)
 
 
+def without_later_systems(messages: Sequence[Message]) -> list[Message] | None:
+    """System messages that are not first as parts of the user's turns; None if there are none.
+
+    Agents write them into conversations, to be kept in mind from there on, and some templates refuse them.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if all(message["role"] != "system" for message in messages[first:]):
+        return None
+    shown = list(messages[:first])
+    for message in messages[first:]:
+        turn = {**message, "role": "user"} if message["role"] == "system" else message
+        if shown and shown[-1]["role"] == turn["role"] == "user":
+            shown[-1] = {**shown[-1], "content": f"{shown[-1]['content']}\n\n{turn['content']}"}
+        else:
+            shown.append(turn)
+    return shown
+
+
 def template_tools(tools: Sequence[Tool]) -> list[Message]:
     """Tools in OpenAI's form."""
     return [{"type": "function", "function": _function(tool)} for tool in tools]

@@ -1,8 +1,9 @@
 """From a request to the tokens that the engine gets."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from mlx_server.chat.messages import template_messages, template_tools
+from mlx_server.chat.messages import template_messages, template_tools, without_later_systems
 from mlx_server.chat.served_model import ServedModel, Tokenizer
 from mlx_server.chat.types import ChatRequest, CompletionRequest, Reasoning, Scalar
 from mlx_server.errors import InvalidRequestError
@@ -48,17 +49,26 @@ def render_chat(model: ServedModel, request: ChatRequest) -> ChatPrompt:
     shown = template_messages(messages, request.tools, model.template)
     if request.continue_final_message:
         shown[-1]["content"] += _CUT
-    text = model.template.render(
-        shown,
-        tools=template_tools(request.tools) if "tools" in model.template.variables else None,
-        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
-        template_kwargs=request.template_kwargs | _reasoning_kwargs(request, model.template.variables),
-    )
+    try:
+        text = _render(model, request, shown)
+    except InvalidRequestError as error:
+        if error.code != "chat_template_error" or (changed := without_later_systems(shown)) is None:
+            raise
+        text = _render(model, request, changed)
     if request.continue_final_message:
         text, found, _ = text.rpartition(_CUT)
         if not found:
             raise InvalidRequestError("the model's chat template leaves out the last message", param="messages")
     return ChatPrompt(text, prefill)
+
+
+def _render(model: ServedModel, request: ChatRequest, messages: list[dict[str, Any]]) -> str:
+    return model.template.render(
+        messages,
+        tools=template_tools(request.tools) if "tools" in model.template.variables else None,
+        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+        template_kwargs=request.template_kwargs | _reasoning_kwargs(request, model.template.variables),
+    )
 
 
 def _reasoning_kwargs(request: ChatRequest, variables: frozenset[str]) -> dict[str, Scalar]:
