@@ -123,8 +123,9 @@ def test_a_full_pool_drops_what_was_used_longest_ago() -> None:
     assert engine.run(make_submit("partly dropped", new.prompt_token_ids, 1))[0] < 24
 
 
-def test_a_client_that_floods_the_cache_drops_its_own() -> None:
-    engine = Engine(num_blocks=16)
+@pytest.mark.parametrize("sizes", [{"num_blocks": 16}, {"num_blocks": 200, "num_snapshots": 4}], ids=str)
+def test_a_client_that_floods_the_cache_drops_its_own(sizes: dict[str, int]) -> None:
+    engine = Engine(**sizes)
     engine.run(make_submit("quiet", [1] * 21, 1, client="quiet"))
     for i in range(20):
         engine.run(make_submit(f"flood {i}", [2 + i] * 21, 1, client="flood"))

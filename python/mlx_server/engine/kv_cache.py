@@ -200,7 +200,7 @@ class KVCacheManager:
         if end_pos <= request.num_computed_tokens:
             return
         if self._snapshots is not None:
-            request.restore_from = self._snapshots.use(path[num_usable - 1])
+            request.restore_from = self._snapshots.use(path[num_usable - 1], request.client)
             request.saved_pos = end_pos
         self._replace(request, first, path[:num_usable])
         request.num_published_blocks = first + num_usable

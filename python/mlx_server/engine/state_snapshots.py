@@ -4,7 +4,8 @@ KV of a prefix is the KV of its tokens; a recurrent state is the state after one
 recurrent layers can go on only from where a state was saved: at ends of blocks, chosen so that they are of use.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 
 from mlx_server.engine.request import PendingSnapshot, Request
 
@@ -13,11 +14,17 @@ PROMPT_INTERVAL = 2048  # tokens of a long prompt between states: where another 
 ANSWER_INTERVAL = 64  # tokens of an answer between states, of which the newest is kept: the next turn goes on from it
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    slot: int
+    client: str  # that used it last
+
+
 class StateSnapshots:
     """The slots [first_slot, first_slot + num_slots), each free or the state after one block of the prefix tree.
 
-    When they run out, the state used longest ago makes room. One that a step reads may be overwritten by the same step
-    at the earliest, and steps read before they write.
+    When they run out, the client with the most gives up the one that it used longest ago. A state that a step reads may
+    be overwritten by the same step at the earliest, and steps read before they write.
     """
 
     def __init__(self, first_slot: int, num_slots: int, block_size: int) -> None:
@@ -25,16 +32,17 @@ class StateSnapshots:
         self._block_size = block_size
         self._min_gain = MIN_GAIN_BLOCKS * block_size
         self._free = list(self._slots)
-        self._slot_of: OrderedDict[int, int] = OrderedDict()  # by block; used longest ago first
+        self._by_block: OrderedDict[int, _Snapshot] = OrderedDict()  # used longest ago first
 
     def num_usable(self, path: list[int]) -> int:
         """How many of the first blocks of a path end where a state is kept."""
-        return next((n for n in range(len(path), 0, -1) if path[n - 1] in self._slot_of), 0)
+        return next((n for n in range(len(path), 0, -1) if path[n - 1] in self._by_block), 0)
 
-    def use(self, block: int) -> int:
+    def use(self, block: int, client: str) -> int:
         """The slot of the state after `block`, which there is."""
-        self._slot_of.move_to_end(block)
-        return self._slot_of[block]
+        slot = self._by_block.pop(block).slot
+        self._by_block[block] = _Snapshot(slot, client)
+        return slot
 
     def next_pos(self, request: Request) -> int | None:
         """Where, while its prompt is computed, the request's state should be saved next: at the end of what it shares
@@ -52,9 +60,11 @@ class StateSnapshots:
         """The slot that is to hold the request's state after the positions before `end_pos`, if it should be saved."""
         interval = max(ANSWER_INTERVAL // self._block_size, 1) * self._block_size
         in_answer = end_pos > len(request.prompt_token_ids) and end_pos % interval == 0
-        if not (in_answer or end_pos == self.next_pos(request)) or not (self._free or self._slot_of):
+        if not (in_answer or end_pos == self.next_pos(request)) or not (self._free or self._by_block):
             return None
-        slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+        if not self._free:
+            self._make_room()
+        slot = self._free.pop()
         request.pending_snapshot = PendingSnapshot(slot, end_pos // self._block_size - 1)
         request.saved_pos = end_pos
         return slot
@@ -65,14 +75,14 @@ class StateSnapshots:
         pending, request.pending_snapshot = request.pending_snapshot, None
         if pending is None:
             return
-        if block is None or block in self._slot_of:
+        if block is None or block in self._by_block:
             self._free.append(pending.slot)
             return
         if (pending.index + 1) * self._block_size > len(request.prompt_token_ids):
             if request.answer_snapshot is not None:
                 self.drop([request.answer_snapshot])
             request.answer_snapshot = block
-        self._slot_of[block] = pending.slot
+        self._by_block[block] = _Snapshot(pending.slot, request.client)
 
     def awaits(self, request: Request, other: Request) -> bool:
         """Whether `other` is about to save a state that the request could go on from."""
@@ -89,15 +99,20 @@ class StateSnapshots:
     def drop(self, blocks: list[int]) -> None:
         """These blocks have left the tree, or their states are not wanted any more."""
         for block in blocks:
-            slot = self._slot_of.pop(block, None)
-            if slot is not None:
-                self._free.append(slot)
+            snapshot = self._by_block.pop(block, None)
+            if snapshot is not None:
+                self._free.append(snapshot.slot)
 
     def clear(self) -> None:
         """All states are lost; none is being saved."""
-        self._slot_of.clear()
+        self._by_block.clear()
         self._free = list(self._slots)
 
     def check_integrity(self, pending: list[int]) -> None:
         """`pending`: slots of states that are being saved."""
-        assert sorted([*self._free, *self._slot_of.values(), *pending]) == list(self._slots)
+        kept = [snapshot.slot for snapshot in self._by_block.values()]
+        assert sorted([*self._free, *kept, *pending]) == list(self._slots)
+
+    def _make_room(self) -> None:
+        [(greatest, _)] = Counter(snapshot.client for snapshot in self._by_block.values()).most_common(1)
+        self.drop([next(block for block, snapshot in self._by_block.items() if snapshot.client == greatest)])
