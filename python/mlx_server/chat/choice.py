@@ -33,7 +33,7 @@ class ThinkingBudget(msgspec.Struct, frozen=True):
     grammar: str | None  # of what comes after them
 
 
-class Choice:
+class ChoiceStream:
     """Follows one choice through the engine's outputs.
 
     Attributes:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from mlx_server.chat.choice import Choice
+from mlx_server.chat.choice import ChoiceStream
 from mlx_server.chat.output_router import join
 from mlx_server.chat.plan import plan
 from mlx_server.chat.served_model import ServedModel
@@ -28,7 +28,7 @@ class Generation:
     ) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._stream = engine.open_stream()
-        self._choices: dict[str, Choice] = {}  # that are not done, by their request
+        self._choices: dict[str, ChoiceStream] = {}  # that are not done, by their request
         self.finished = False
         try:
             for choice in plan(model, request, engine.info(), timeout_s):
@@ -75,7 +75,7 @@ class Generation:
         self._choices = {}
         self._stream.close()
 
-    def _start(self, choice: Choice) -> None:
+    def _start(self, choice: ChoiceStream) -> None:
         self._stream.submit(choice.submit)
         self._choices[choice.submit.request_id] = choice
 

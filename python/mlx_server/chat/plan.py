@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from mlx_server.chat.choice import Choice, ThinkingBudget
+from mlx_server.chat.choice import ChoiceStream, ThinkingBudget
 from mlx_server.chat.grammar import Thoughts, chat_grammar, text_grammar
 from mlx_server.chat.logprobs import LogprobTape
 from mlx_server.chat.output_router import OutputRouter
@@ -32,7 +32,7 @@ _EFFORT_SHARES = {"minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh
 
 def plan(
     model: ServedModel, request: ChatRequest | CompletionRequest, info: EngineInfo, deadline_s: float
-) -> list[Choice]:
+) -> list[ChoiceStream]:
     """The request's choices, in the order of their index. InvalidRequestError if it can't be served."""
     for token_id in request.stop_token_ids:
         if not 0 <= token_id < info.vocab_size:
@@ -45,9 +45,9 @@ def plan(
 
 def _plan_completion(
     model: ServedModel, request: CompletionRequest, info: EngineInfo, deadline_s: float
-) -> list[Choice]:
+) -> list[ChoiceStream]:
     grammar = None if request.grammar is None else text_grammar(request.grammar)
-    choices: list[Choice] = []
+    choices: list[ChoiceStream] = []
     for prompt, token_ids in zip(request.prompts, completion_tokens(model, request, info), strict=True):
         submit = msgspec.structs.replace(
             _submit(model, request, token_ids, info, deadline_s),
@@ -59,13 +59,13 @@ def _plan_completion(
             tape = _tape(model, request)
             router = OutputRouter(len(choices), stop=request.stop, tape=tape)
             stream = model.tokenizer.stream(after=token_ids[-_NUM_CONTEXT_TOKENS:])
-            choice = Choice(router, _nth(submit, k), model.tokenizer, stream, tape=tape, echo=echo)
+            choice = ChoiceStream(router, _nth(submit, k), model.tokenizer, stream, tape=tape, echo=echo)
             choice.shows_progress = request.progress
             choices.append(choice)
     return choices
 
 
-def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadline_s: float) -> list[Choice]:
+def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadline_s: float) -> list[ChoiceStream]:
     prompt = render_chat(model, request)
     token_ids = chat_tokens(model, prompt, info)
     tools = _callable_tools(request)
@@ -86,7 +86,7 @@ def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadl
         tape = _tape(model, request)
         router = _router(k, model, request, tools, thinking.state, tape)
         stream = model.tokenizer.stream(after=token_ids[-_NUM_CONTEXT_TOKENS:], keep=_markup(model, tools))
-        choice = Choice(router, _nth(submit, k), model.tokenizer, stream, tape=tape, budget=budget)
+        choice = ChoiceStream(router, _nth(submit, k), model.tokenizer, stream, tape=tape, budget=budget)
         choice.shows_progress = request.progress
         choices.append(choice)
     return choices
