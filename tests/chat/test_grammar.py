@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import shutil
 from typing import Any
 
@@ -198,6 +199,44 @@ def test_calls_that_must_come(name: str) -> None:
         ((called, arguments),) = parsed(name, call)
         assert called == "get_weather" and arguments["unit"] in "CF"
     assert [text for text in BAD_CALLS if accepts(grammar, text)] == []
+
+
+def random_text(grammar: str, seed: int) -> str:
+    """A text that the grammar allows, one random byte after the other; most likely one that leads to the end."""
+    rng = random.Random(seed)
+    matcher = LLMatcher(BYTES, grammar)
+    output = bytearray()
+    while not matcher.is_stopped() and len(output) < 2000:
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token_id for token_id in range(257) if mask >> token_id & 1]
+        if len(allowed) > 100 and rng.random() < 0.3:  # free text: it never ends by itself
+            num_taken = matcher.try_consume_tokens(list(b"</parameter>\n"))
+            output += b"</parameter>\n"[:num_taken]
+            continue
+        ends = [token_id for token_id in allowed if token_id == 256 or chr(token_id) in '"}])<>/\n']
+        token_id = rng.choice(ends if ends and rng.random() < 0.7 else allowed)
+        matcher.consume_token(token_id)
+        if token_id < 256:
+            output.append(token_id)
+    assert matcher.is_stopped() and not matcher.is_error()
+    return output.decode()
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+def test_whatever_the_grammar_allows_is_a_call(name: str, parallel: bool) -> None:
+    tools, choice = [WEATHER, NOW], ToolChoice("required")
+    grammar = grammar_of(name, tools=tools, tool_choice=choice, parallel_tool_calls=parallel)
+    assert grammar is not None
+    for seed in range(20):
+        calls = parsed(name, random_text(grammar, seed))
+        assert len(calls) == 1 or (calls and parallel)
+        for called, arguments in calls:
+            assert called in ("now", "get_weather")
+            if called == "get_weather":
+                assert isinstance(arguments["city"], str) and arguments["unit"] in ("C", "F")
+                assert arguments.get("days", 1) >= 1
+                assert len(arguments.get("where", [])) <= 2
 
 
 @pytest.mark.parametrize("name", TOOL_PARSERS)

@@ -27,7 +27,7 @@ _NAME = re.compile(r"[^<>\s]")
 class Qwen3Coder(TaggedCalls):
     tags = (_OPEN, _CLOSE)
     signs = (_FUNCTION,)
-    lark_rules = (f"xml_text[lazy]: TEXT {quoted(_VALUE_ENDS[0] + chr(10))}",)
+    lark_rules = (f"xml_text[lazy]: TEXT {quoted(_PARAMETER_END)}",)
 
     @classmethod
     def lark_call(cls, tool: Tool, marker: Marker) -> str:
@@ -111,7 +111,7 @@ def _lark_value(schema: Any) -> str:
     if "string" not in _types(schema):
         return f"{json_term(schema)} {end}"
     values = [quoted(value) for value in _list(schema.get("enum")) if isinstance(value, str)]
-    return f"({' | '.join(values)}) {end}" if values else "xml_text"
+    return f"({' | '.join(values)}) {end}" if values else f"xml_text {quoted(chr(10))}"
 
 
 def _types(schema: Any) -> set[str]:
