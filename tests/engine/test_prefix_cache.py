@@ -1,5 +1,7 @@
 """What is computed only once, on a fake model: shared prefixes, second turns, branches, and what becomes of them."""
 
+import re
+
 import pytest
 
 from engine.test_scheduler import API, Collector, alone, make_core, make_submit
@@ -68,6 +70,15 @@ def test_a_repeated_prompt_computes_its_last_block() -> None:
     for num_tokens, num_cached in [(20, 16), (21, 20), (4, 0), (5, 4)]:
         engine.run(make_submit(f"a{num_tokens}", SYSTEM[:1] * num_tokens, 1))
         assert engine.run(make_submit(f"b{num_tokens}", SYSTEM[:1] * num_tokens, 3)) == [num_cached]
+
+
+def test_what_was_found_is_counted() -> None:
+    engine = Engine()
+    for name in "ab":
+        engine.run(make_submit(name, [*SYSTEM, 1], 1))
+    metrics = engine.core.metrics()
+    assert re.search(r"^vllm:prefix_cache_queries_total\{.*\} 42\.0$", metrics, re.MULTILINE)
+    assert re.search(r"^vllm:prefix_cache_hits_total\{.*\} 20\.0$", metrics, re.MULTILINE)
 
 
 def test_branches_share_what_they_have_in_common() -> None:
