@@ -4,7 +4,22 @@ import pytest
 
 from engine.test_fairness import submit_all
 from engine.test_scheduler import make_core, make_submit
-from mlx_server.engine.pacing import FREE_STEP, GRANULE, MIN_TOKENS, SLOWDOWN, PrefillPacer
+from mlx_server.engine.batch import Batch, BatchRow
+from mlx_server.engine.pacing import GRANULE, MIN_TOKENS, PERIOD, SLOWDOWN, PrefillPacer
+from mlx_server.engine.request import Request
+from mlx_server.sampling_params import SamplingParams
+
+
+def batch(num_decodes: int, num_prefill_tokens: int) -> Batch:
+    request = Request("a", b"", [1] * 10_000, 9, frozenset(), SamplingParams())
+    rows = [BatchRow(request, 5, 6, True) for _ in range(num_decodes)]
+    return Batch([*rows, BatchRow(request, 0, num_prefill_tokens, False)] if num_prefill_tokens else rows)
+
+
+def observe(pacer: PrefillPacer, num_decodes: int, num_prefill_tokens: int, duration_s: float) -> None:
+    """A step like the one before it."""
+    step = batch(num_decodes, num_prefill_tokens)
+    pacer.observe(step, step, duration_s)
 
 
 def test_a_mixed_step_takes_about_the_allowed_time() -> None:
@@ -14,11 +29,11 @@ def test_a_mixed_step_takes_about_the_allowed_time() -> None:
     def duration_s(num_tokens: int) -> float:
         return decode_s + token_s * num_tokens
 
-    pacer.observe(8, 0, decode_s)
+    observe(pacer, 8, 0, decode_s)
     assert pacer.max_prefill_tokens(8) == 64
-    for _ in range(2 * FREE_STEP):
+    for _ in range(2 * PERIOD):
         num_tokens = pacer.max_prefill_tokens(8)
-        pacer.observe(8, num_tokens, duration_s(num_tokens))
+        observe(pacer, 8, num_tokens, duration_s(num_tokens))
     num_tokens = pacer.max_prefill_tokens(8)
     assert num_tokens % GRANULE == 0
     assert duration_s(num_tokens) <= SLOWDOWN * decode_s < duration_s(num_tokens + GRANULE)
@@ -26,8 +41,8 @@ def test_a_mixed_step_takes_about_the_allowed_time() -> None:
 
 def test_prompts_always_go_on() -> None:
     pacer = PrefillPacer(default_tokens=64)
-    pacer.observe(1, 0, 0.001)
-    pacer.observe(0, 100, 100.0)
+    observe(pacer, 1, 0, 0.001)
+    observe(pacer, 0, 100, 100.0)
     assert pacer.max_prefill_tokens(1) == MIN_TOKENS
 
 
@@ -35,28 +50,42 @@ def test_a_machine_that_becomes_slower_is_noticed_during_a_long_prompt() -> None
     """Else all of the slowness would be blamed on the prompt, which would stand still."""
     pacer = PrefillPacer(default_tokens=64)
     for slowness in (1, 10):
-        for _ in range(20 * FREE_STEP):
+        for _ in range(20 * PERIOD):
             num_tokens = pacer.max_prefill_tokens(8)
-            pacer.observe(8, num_tokens, slowness * (0.030 + 0.0004 * num_tokens))
+            observe(pacer, 8, num_tokens, slowness * (0.030 + 0.0004 * num_tokens))
+        assert 48 <= pacer.max_prefill_tokens(8) <= 80
+
+
+def test_it_does_not_matter_which_of_two_steps_a_pause_belongs_to() -> None:
+    """The launch of a step waits for the one before, or for most of itself."""
+    for waits_for_itself in (False, True):
+        pacer = PrefillPacer(default_tokens=64)
+        observe(pacer, 8, 0, 0.030)
+        last = 0
+        for _ in range(20 * PERIOD):
+            num_tokens = pacer.max_prefill_tokens(8)
+            duration_s = 0.030 + 0.0004 * (num_tokens if waits_for_itself else last)
+            pacer.observe(batch(8, last), batch(8, num_tokens), duration_s)
+            last = num_tokens
         assert 48 <= pacer.max_prefill_tokens(8) <= 80
 
 
 def test_one_odd_step_changes_little() -> None:
     pacer = PrefillPacer(default_tokens=64)
     for _ in range(10):
-        pacer.observe(4, 0, 0.02)
-        pacer.observe(4, 64, 0.03)
+        observe(pacer, 4, 0, 0.02)
+        observe(pacer, 4, 64, 0.03)
     before = pacer.max_prefill_tokens(4)
-    pacer.observe(4, 64, 60.0)
+    observe(pacer, 4, 64, 60.0)
     assert before / 2 <= pacer.max_prefill_tokens(4) <= before
 
 
 @pytest.mark.parametrize(("num_seen", "wanted"), [(1, 8), (8, 1)])
 def test_the_closest_number_of_decodes_counts(num_seen: int, wanted: int) -> None:
     pacer = PrefillPacer(default_tokens=1000)
-    pacer.observe(num_seen, 0, 0.032)
-    pacer.observe(0, 32, 0.032)
-    assert pacer.max_prefill_tokens(wanted) == 32
+    observe(pacer, num_seen, 0, 0.064)
+    observe(pacer, 0, 32, 0.032)
+    assert pacer.max_prefill_tokens(wanted) == (SLOWDOWN - 1) * 64
 
 
 def test_prompts_fill_the_step_when_nothing_decodes_and_less_beside_decodes() -> None:

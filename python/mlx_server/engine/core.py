@@ -71,7 +71,7 @@ class EngineCore:
         previous = self._runner.run(batch)
         end_s = self._clock()
         self.slowest_step_s = max(self.slowest_step_s, end_s - start_s)
-        self._observe(previous, start_s, end_s)
+        self._observe(previous, batch, start_s, end_s)
         return self._scheduler.update(previous, end_s)
 
     def fail_step(self) -> Outputs:
@@ -135,17 +135,16 @@ class EngineCore:
         """Fails if the bookkeeping is not whole. What is not thorough takes no time that a request would notice."""
         self._scheduler.check_integrity(thorough=thorough)
 
-    def _observe(self, result: StepResult | None, start_s: float, end_s: float) -> None:
+    def _observe(self, result: StepResult | None, launched: Batch, start_s: float, end_s: float) -> None:
         """A step's time is that from the end of the one before, or from its launch if the device was idle."""
         if result is None:
             self._device_free_s = start_s
             return
         duration_s = end_s - self._device_free_s
         self._device_free_s = end_s
-        batch = result.batch
-        self._stats.on_step(batch, duration_s)
+        self._stats.on_step(result.batch, duration_s)
         if self._pacer is not None:
-            self._pacer.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, duration_s)
+            self._pacer.observe(result.batch, launched, duration_s)
 
     def _fault(self, connection: bytes, message: wire.Submit) -> str | None:
         """The API has checked all this; a fault here is an API process of ours gone wrong, and must not reach the

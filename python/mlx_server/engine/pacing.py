@@ -1,10 +1,13 @@
 """How many prompt tokens may share a step with decodes, so that a long prompt does not make other streams stutter."""
 
-SLOWDOWN = 2.0  # a step with a part of a prompt may take so many times what its decodes alone take
+from mlx_server.engine.batch import Batch
+
+SLOWDOWN = 1.75  # a step with a part of a prompt may take so many times what its decodes alone take
 MIN_TOKENS = 2  # prompts go on, however slow the device: a token far behind in a long prompt costs many decodes
 GRANULE = 16  # of more tokens than that: whole blocks, and few different shapes
 WEIGHT = 0.25  # of the newest observation
-FREE_STEP = 16  # each such step beside decodes is without prompts, so that the time of decodes stays known
+# So many steps beside decodes in a row are without prompts, of each so many, so that the time of decodes stays known.
+FREE_STEPS, PERIOD = 2, 32
 
 
 class PrefillPacer:
@@ -19,12 +22,19 @@ class PrefillPacer:
         self._prefill_token_s: float | None = None
         self._num_steps = 0
 
-    def observe(self, num_decodes: int, num_prefill_tokens: int, duration_s: float) -> None:
-        """A step has taken `duration_s`."""
-        if num_prefill_tokens == 0:
+    def observe(self, previous: Batch, launched: Batch, duration_s: float) -> None:
+        """Between the ends of two steps went `duration_s`.
+
+        A GPU computes `previous` in that time; on the CPU, MLX lets a launch wait until most of `launched` is computed.
+        So only pairs that are alike tell something.
+        """
+        num_decodes = launched.num_decodes
+        prefills = [batch.num_tokens - batch.num_decodes for batch in (previous, launched)]
+        if not any(prefills) and num_decodes:
             key = num_decodes.bit_length()
             self._decode_s[key] = _blend(self._decode_s.get(key), duration_s)
-        else:
+        elif all(prefills):
+            num_prefill_tokens = sum(prefills) / 2
             decode_s = (self._expected_decode_s(num_decodes) or 0.0) if num_decodes else 0.0
             per_token_s = max(duration_s - decode_s, 0.1 * duration_s) / num_prefill_tokens
             self._prefill_token_s = _blend(self._prefill_token_s, per_token_s)
@@ -32,7 +42,7 @@ class PrefillPacer:
     def max_prefill_tokens(self, num_decodes: int) -> int:
         """How many prompt tokens may go into the next step, beside `num_decodes` (at least one) decodes."""
         self._num_steps += 1
-        if self._num_steps % FREE_STEP == 0:
+        if self._num_steps % PERIOD >= PERIOD - FREE_STEPS:
             return 0
         decode_s = self._expected_decode_s(num_decodes)
         if decode_s is None or self._prefill_token_s is None:
