@@ -1,5 +1,6 @@
 """A real server on the demo model when something dies, is cut or is stopped."""
 
+import re
 import signal
 import time
 import urllib.error
@@ -7,7 +8,14 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from openai import APIError, APIStatusError, AuthenticationError, InternalServerError, RateLimitError
+from openai import (
+    APIError,
+    APIStatusError,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    RateLimitError,
+)
 
 from e2e_server import PARIS, STORY, connect, start
 from server_process import ServerProcess, until
@@ -213,3 +221,25 @@ def test_a_request_beyond_the_timeout_is_ended_and_its_work_cancelled():
             client.chat.completions.create(model="default", messages=STORY, max_tokens=4000, temperature=2, seed=1)
         assert status_error.value.status_code == 504
         until(lambda: server.err.count(" cancelled") == 2, "the second cancellation")
+
+
+def test_a_small_memory_limit_bounds_the_context_and_says_so():
+    with start("--memory-limit", "230MB") as server, connect(server) as client:
+        server.url()
+        shown = re.search(r"Memory +weights .* KV .*\(([\d,]+) tokens\).* of 230\.0 MB", server.out)
+        assert shown is not None
+        num_tokens = int(shown[1].replace(",", ""))
+        with pytest.raises(BadRequestError) as error:
+            client.chat.completions.create(model="default", messages=[{"role": "user", "content": "word " * 1500}])
+        assert error.value.code == "context_length_exceeded"
+        for part in (f"{num_tokens} tokens", "--memory-limit", re.compile(r"are 15\d\d tokens")):
+            assert re.search(part, error.value.message)
+        assert client.chat.completions.create(model="default", messages=PARIS, max_tokens=1).choices
+
+
+def test_a_memory_limit_that_the_model_does_not_fit_is_one_sentence():
+    with start("--memory-limit", "50MB") as server:
+        assert server.wait(60) == 2
+        assert "--memory-limit" in server.err
+        assert server.err.count("mlx-server: ") == 1
+        assert "Traceback" not in server.err

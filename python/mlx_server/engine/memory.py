@@ -42,7 +42,7 @@ class MemoryUse:
     def __str__(self) -> str:
         parts = {"weights": self.weights, "KV": self.kv_cache, "states": self.states, "scratch": self.scratch}
         total = sum(parts.values())
-        unit, name = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
+        unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         shown = {part: f"{part} {size / unit:.1f}" for part, size in parts.items() if size}
         shown["KV"] += f" ({self.num_tokens:,} tokens)"
         return f"{' + '.join(shown.values())} = {total / unit:.1f} of {self.limit / unit:.1f} {name}"
