@@ -26,7 +26,7 @@ WEATHER = Tool(
         },
     },
 )
-TOOLS = [WEATHER, Tool(name="now"), Tool(name="secret")]
+TOOLS = [WEATHER, Tool(name="now"), Tool(name="secret"), Tool(name="a b/ü")]
 ZURICH, DAYS, NOTHING = '{"city": "Zürich"}', '{"city": "東京 😀", "days": 2}', "{}"
 
 Call = tuple[str, str]
@@ -92,6 +92,8 @@ CASES: list[tuple[str, str, Seen]] = [
     ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', [("now", NOTHING)]),
     ("hermes", '<tool_call>{"id": 7, "arguments": {"a": 1}, "name": "now"}</tool_call>', [("now", '{"a": 1}')]),
     ("hermes", r'<tool_call>{"name": "now", "arguments": "{\"a\": 1}"}</tool_call>', [("now", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {}, "arguments": {"a": 1}}</tool_call>', [("now", NOTHING)]),
+    ("hermes", '<tool_call>{"name": "a b/ü", "arguments": {}}</tool_call>', [("a b/ü", NOTHING)]),
     ("hermes", '<tool_call>{"name": "unknown", "parameters": {}}</tool_call>', [("unknown", NOTHING)]),
     ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "</tool_call>}\\""}}</tool_call>',
         [("now", '{"a": "</tool_call>}\\""}')]),

@@ -55,7 +55,7 @@ class ToolParser(IncrementalParser):
 
     def start(self, name: str) -> None:
         """A call begins here. Malformed if it may not be."""
-        if not _NAME.fullmatch(name) or name in self._refused:
+        if name in self._refused or not (name in self.tools or _NAME.fullmatch(name)):
             raise Malformed
         self.give(CallStart(name))
         self.drop_read()
@@ -101,12 +101,12 @@ class ToolParser(IncrementalParser):
                 name = yield from self._json_string()
                 if only_calls and name not in self.tools:
                     raise Malformed
-            elif key in _ARGUMENTS and name is not None and (yield from self.peek()) == "{":
+            elif key in _ARGUMENTS and name is not None and not is_given and (yield from self.peek()) == "{":
                 self.start(name)
                 is_given = True
                 if not (yield from self.give_object()):
                     raise Malformed
-            elif key in _ARGUMENTS:
+            elif key in _ARGUMENTS and not is_given:
                 arguments = _as_object((yield from self.json_value()))
             elif only_calls and key not in ("id", "type"):
                 raise Malformed
