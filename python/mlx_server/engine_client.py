@@ -22,6 +22,8 @@ from mlx_server.errors import OverloadedError
 from mlx_server.wire import (
     MAX_FRAME_BYTES,
     Cancel,
+    Embed,
+    Embedded,
     EngineInfo,
     EngineMessage,
     Failed,
@@ -53,15 +55,15 @@ _END_OF_CONNECTION = (
 
 class EngineStream:
     """The outputs of requests that are read together: of each any number of `Progress` and `Tokens`, then one
-    `Finished` or `Failed`."""
+    `Finished`, `Embedded` or `Failed`."""
 
-    def __init__(self, submit: Callable[["EngineStream", Submit], None], cancel: Callable[[str], None]) -> None:
+    def __init__(self, submit: Callable[["EngineStream", Submit | Embed], None], cancel: Callable[[str], None]) -> None:
         self._submit = submit
         self._cancel = cancel
         self.request_ids: list[str] = []
         self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
-    def submit(self, submit: Submit) -> None:
+    def submit(self, submit: Submit | Embed) -> None:
         """Start a request. OverloadedError while the engine is starting."""
         self._submit(self, submit)
         self.request_ids.append(submit.request_id)
@@ -161,7 +163,7 @@ class EngineClient:
             )
         return self._info
 
-    def _submit(self, stream: EngineStream, submit: Submit) -> None:
+    def _submit(self, stream: EngineStream, submit: Submit | Embed) -> None:
         frame = _encode(submit)
         with self._lock:
             if len(self._streams) >= self._ready_info().max_requests:  # the engine would say so too, only later
@@ -268,7 +270,7 @@ class EngineClient:
 
     def _deliver(self, output: RequestOutput) -> None:
         with self._lock:
-            if isinstance(output, Finished | Failed):
+            if isinstance(output, Finished | Embedded | Failed):
                 stream = self._streams.pop(output.request_id, None)
             else:
                 stream = self._streams.get(output.request_id)

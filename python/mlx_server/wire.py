@@ -1,8 +1,8 @@
 """Messages between the API processes and the engine: token ids and small structs, never text, never arrays.
 
 An API process connects a DEALER socket to the engine's ROUTER. Each frame is one msgpack-encoded message. Every
-submitted request id ends in exactly one `Finished` or `Failed`; if the engine dies, the client side makes the `Failed`
-itself.
+submitted request id ends in exactly one `Finished`, `Embedded` or `Failed`; if the engine dies, the client side makes
+the `Failed` itself.
 """
 
 from typing import Literal
@@ -12,6 +12,7 @@ import msgspec
 from mlx_server.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+Pooling = Literal["mean", "last", "cls"]  # the mean of all tokens' hidden states, the last token's, the first token's
 
 MAX_FRAME_BYTES = 64 << 20
 
@@ -40,6 +41,16 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     grammar: str | None = None  # what the output must match, as JSON that llguidance reads
 
 
+class Embed(msgspec.Struct, tag=True, frozen=True):
+    """Compute a text's embedding: no token is generated, and no cached prompt is read."""
+
+    request_id: str  # unique in the connection
+    token_ids: list[int]  # not empty, at most context_length
+    pooling: Pooling
+    client: str = ""  # as in `Submit`
+    deadline_s: float | None = None
+
+
 class Cancel(msgspec.Struct, tag=True, frozen=True):
     """Stop a request, if it still runs. It ends without a further message."""
 
@@ -50,7 +61,7 @@ class GetMetrics(msgspec.Struct, tag=True, frozen=True):
     """Answered by `Metrics`."""
 
 
-ClientMessage = Hello | Submit | Cancel | GetMetrics
+ClientMessage = Hello | Submit | Embed | Cancel | GetMetrics
 
 
 # --- engine -> API ---
@@ -113,6 +124,13 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     timings: Timings | None = None
 
 
+class Embedded(msgspec.Struct, tag=True, frozen=True):
+    """The result of an `Embed`."""
+
+    request_id: str
+    vector: bytes  # float32 in the machine's byte order, of the model's hidden size, of length 1
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """The request ended without an answer. `code` is stable, `message` is for people."""
 
@@ -121,7 +139,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-RequestOutput = Tokens | Progress | Finished | Failed
+RequestOutput = Tokens | Progress | Finished | Embedded | Failed
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True):

@@ -10,7 +10,7 @@ from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import ChatRequest, CompletionRequest, Event
 from mlx_server.engine_client import EngineClient
 from mlx_server.errors import ClientLimitError, GenerationError, OverloadedError, RequestTimeoutError, ServerError
-from mlx_server.wire import Failed
+from mlx_server.wire import Embedded, Failed
 
 # Failed.code -> when to send it again
 _RETRY_AFTER_S = {"engine_died": 5, "server_stopping": 5, "queue_full": 2, "client_queue_full": 2}
@@ -46,7 +46,7 @@ class Generation:
         remaining_s = self._deadline - time.monotonic()
         if remaining_s <= 0:
             self.close()
-            raise _timeout()
+            raise timeout()
         events: list[Event] = []
         for output in self._stream.get(min(timeout_s, remaining_s)) or ():
             choice = self._choices.get(output.request_id)
@@ -54,7 +54,8 @@ class Generation:
                 continue
             if isinstance(output, Failed):
                 self.close()
-                raise _failure(output)
+                raise failure(output)
+            assert not isinstance(output, Embedded)  # generates nothing
             events += choice.take(output)
             if choice.is_done or choice.submit.request_id != output.request_id:
                 del self._choices[output.request_id]
@@ -80,13 +81,14 @@ class Generation:
         self._choices[choice.submit.request_id] = choice
 
 
-def _timeout() -> RequestTimeoutError:
+def timeout() -> RequestTimeoutError:
     return RequestTimeoutError("The request took longer than the server's --timeout allows; it was cancelled.")
 
 
-def _failure(failed: Failed) -> ServerError:
+def failure(failed: Failed) -> ServerError:
+    """The error that an engine's `Failed` is for the client."""
     if failed.code == "deadline_exceeded":
-        return _timeout()
+        return timeout()
     retry_after_s = _RETRY_AFTER_S.get(failed.code)
     if retry_after_s is None:
         return GenerationError(failed.message, code=failed.code)

@@ -49,6 +49,8 @@ WANTED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/tool_use.jinja",
+    "modules.json",  # of models for embeddings
+    "1_Pooling/config.json",
 )
 UNWANTED = ("*/*.safetensors", "consolidated*")  # other forms of the same weights
 

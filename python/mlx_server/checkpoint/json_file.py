@@ -16,18 +16,31 @@ def read_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> JsonObject:
 
     Takes NaN and Infinity, which published configs hold.
     """
+    value = _read(path, max_bytes)
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object")
+    _check_depth(path, value)
+    return value
+
+
+def _read(path: Path, max_bytes: int) -> object:
     try:
         if path.stat().st_size > max_bytes:
             raise ModelLoadError(f"{path} is larger than {max_bytes >> 20} MB")
-        value = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelLoadError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:
         raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError):
         raise ModelLoadError(f"{path} is not valid JSON; download it again") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object")
+
+
+def read_optional_json_list(path: Path) -> list[object]:
+    """The array in a JSON file, as `read_json` reads objects; [] if there is no such file."""
+    value = _read(path, MAX_CONFIG_BYTES) if path.exists() else []
+    if not isinstance(value, list):
+        raise ModelLoadError(f"{path} must hold a JSON array")
     _check_depth(path, value)
     return value
 
@@ -37,7 +50,7 @@ def read_optional_json(path: Path) -> JsonObject:
     return read_json(path) if path.exists() else {}
 
 
-def _check_depth(path: Path, root: JsonObject) -> None:
+def _check_depth(path: Path, root: JsonObject | list[object]) -> None:
     level: list[object] = [root]
     for _ in range(MAX_DEPTH):
         level = [child for node in level if isinstance(node, (dict, list)) for child in _children(node)]

@@ -4,11 +4,12 @@ All tokens of all requests lie on one axis T, request after request: no padding,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from mlx_server.engine.pooling import Vector
 from mlx_server.engine.request import Request
 from mlx_server.engine.sampling_state import Draw, SamplingArrays
 from mlx_server.wire import TokenLogprobs
@@ -76,6 +77,9 @@ class StepResult:
     token_ids: list[int]  # drawn for each of its sampling rows
     logprobs: list[TokenLogprobs | None]  # of each of them, if its request asks for it
     prompt_logprobs: list[list[TokenLogprobs]]  # for each row, of the prompt tokens that it has scored
+    pooled: dict[Request, Vector] = field(
+        default_factory=dict
+    )  # of those that ask for an embedding: see `PooledStates`
 
 
 @dataclass(frozen=True, slots=True)

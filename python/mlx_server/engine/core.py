@@ -8,11 +8,12 @@ from typing import Protocol
 from mlx_server import wire
 from mlx_server.engine.batch import Batch, StepResult
 from mlx_server.engine.pacing import PrefillPacer
+from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.queue import Refusal
 from mlx_server.engine.request import Request
 from mlx_server.engine.scheduler import Outputs, Scheduler
 from mlx_server.engine.stats import EngineStats, Gauges
-from mlx_server.sampling_params import MAX_TOP_LOGPROBS
+from mlx_server.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 _REFUSALS: dict[Refusal, str] = {
     "queue_full": "The server has more requests than it can queue; try again soon.",
@@ -82,32 +83,21 @@ class EngineCore:
         message = "The engine failed to compute a step of this request."
         return self._scheduler.fail(lost, "engine_error", message, self._clock())
 
-    def submit(self, connection: bytes, message: wire.Submit) -> wire.Failed | None:
+    def submit(self, connection: bytes, message: wire.Submit | wire.Embed) -> wire.Failed | None:
         """Queue a request, or say why not."""
-        fault = self._fault(connection, message)
-        if fault is not None:
-            return wire.Failed(message.request_id, "invalid_request", fault)
         now_s = self._clock()
-        request = Request(
-            message.request_id,
-            connection,
-            message.prompt_token_ids,
-            message.max_tokens,
-            frozenset(message.end_token_ids),
-            message.sampling,
-            num_prompt_logprobs=message.prompt_logprobs,
-            priority=message.priority,
-            client=message.client,
-            progress=message.progress,
-            cache_salt=message.cache_salt,
-            arrived_s=now_s,
-            deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,
-        )
+        if isinstance(message, wire.Submit):
+            request = _to_request(connection, message, now_s)
+        else:
+            request = _to_pooled_request(connection, message, now_s)
+        fault = self._fault(request)
+        if fault is not None:
+            return wire.Failed(request.request_id, "invalid_request", fault)
         refusal = self._scheduler.add(request)
         if refusal is None:
             return None
         self._stats.on_refusal(refusal)
-        return wire.Failed(message.request_id, refusal, _REFUSALS[refusal])
+        return wire.Failed(request.request_id, refusal, _REFUSALS[refusal])
 
     def cancel(self, connection: bytes, request_id: str) -> bool:
         return self._scheduler.cancel(connection, request_id, self._clock())
@@ -146,20 +136,53 @@ class EngineCore:
         if self._pacer is not None:
             self._pacer.observe(result.batch, launched, duration_s)
 
-    def _fault(self, connection: bytes, message: wire.Submit) -> str | None:
+    def _fault(self, request: Request) -> str | None:
         """The API has checked all this; a fault here is an API process of ours gone wrong, and must not reach the
         device."""
-        prompt, vocab_size = message.prompt_token_ids, self.info.vocab_size
-        if self._scheduler.has(connection, message.request_id):
+        prompt, vocab_size = request.prompt_token_ids, self.info.vocab_size
+        if self._scheduler.has(request.connection, request.request_id):
             return "request id is in use"
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             return f"prompt token ids must be in [0, {vocab_size}), at least one"
-        sampling = message.sampling
+        is_too_short = request.max_tokens < (0 if request.needs_every_state else 1)
+        if is_too_short or len(prompt) + request.max_tokens > self.info.context_length:
+            return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
+        sampling = request.sampling
         if any(not 0 <= token_id < vocab_size for token_id in (*sampling.logit_bias, *sampling.dry_sequence_breakers)):
             return f"token ids of logit_bias and dry_sequence_breakers must be in [0, {vocab_size})"
-        if max(sampling.logprobs or 0, message.prompt_logprobs or 0) > MAX_TOP_LOGPROBS:
+        if max(sampling.logprobs or 0, request.num_prompt_logprobs or 0) > MAX_TOP_LOGPROBS:
             return f"logprobs and prompt_logprobs must be at most {MAX_TOP_LOGPROBS}"
-        is_too_short = message.max_tokens < (0 if message.prompt_logprobs is not None else 1)
-        if is_too_short or len(prompt) + message.max_tokens > self.info.context_length:
-            return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
         return None
+
+
+def _to_request(connection: bytes, message: wire.Submit, now_s: float) -> Request:
+    return Request(
+        message.request_id,
+        connection,
+        message.prompt_token_ids,
+        message.max_tokens,
+        frozenset(message.end_token_ids),
+        message.sampling,
+        num_prompt_logprobs=message.prompt_logprobs,
+        priority=message.priority,
+        client=message.client,
+        progress=message.progress,
+        cache_salt=message.cache_salt,
+        arrived_s=now_s,
+        deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,
+    )
+
+
+def _to_pooled_request(connection: bytes, message: wire.Embed, now_s: float) -> Request:
+    return Request(
+        message.request_id,
+        connection,
+        message.token_ids,
+        0,  # the token whose draw ends a prompt's computation is dropped
+        frozenset(),
+        SamplingParams(temperature=0.0),
+        pooled=PooledStates(message.pooling),
+        client=message.client,
+        arrived_s=now_s,
+        deadline_s=math.inf if message.deadline_s is None else now_s + message.deadline_s,
+    )

@@ -186,8 +186,8 @@ class KVCacheManager:
 
     def _skip_cached(self, request: Request) -> None:
         """Go on from the end of what others have published. At least one token is left to compute."""
-        if request.scores_prompt:
-            return  # what is not computed gives no logits
+        if request.needs_every_state:
+            return
         if self._snapshots is not None and request.slot is not None:
             return  # states are restored when a request starts
         first = request.num_published_blocks

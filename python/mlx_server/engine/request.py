@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 from mlx_server import wire
+from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.sampling_state import SamplingState
 from mlx_server.sampling_params import SamplingParams
 
@@ -40,6 +41,7 @@ class Request:
     end_token_ids: frozenset[int]
     sampling: SamplingParams
     num_prompt_logprobs: int | None = None  # scores the prompt, with that many alternatives
+    pooled: PooledStates | None = None  # of a request for an embedding, which generates nothing
     priority: int = 0  # lower ones are served first
     client: str = ""  # whose fair share it is
     progress: bool = False  # its owner wants to know how much of the prompt is computed
@@ -91,6 +93,11 @@ class Request:
     def scores_prompt(self) -> bool:
         """Log-probabilities of its prompt are still to be sent."""
         return self.num_prompt_logprobs is not None and not self.output_token_ids
+
+    @property
+    def needs_every_state(self) -> bool:
+        """Its prompt must be computed, all of it: what is read from the cache has neither logits nor hidden states."""
+        return self.scores_prompt or self.pooled is not None
 
     @property
     def is_decoding(self) -> bool:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from mlx_server.engine.batch import Batch, BatchArrays, StepResult
 from mlx_server.engine.memory import MemoryPlan
+from mlx_server.engine.pooling import pooled_range
+from mlx_server.engine.request import Request
 from mlx_server.engine.step_context import EngineStepContext, KVPools, RecurrentStates
 from mlx_server.models.base import Model
 from mlx_server.ops.sampling import Sampled, SampleTables, make_rows, sample
@@ -26,6 +28,7 @@ class _Step:
     num_scored: list[int]  # B
     sampled: Sampled | None  # of R rows; None if R is 0
     scores: Sampled | None  # of P prompt tokens; None if P is 0
+    pooled: dict[Request, mx.array]  # [hidden] float32
 
     def result(self) -> StepResult:
         """Waits for the device."""
@@ -41,6 +44,7 @@ class _Step:
             self.sampled.token_ids.tolist() if self.sampled else [],  # type: ignore[arg-type]
             _logprobs(self.sampled, wanted),
             [[score for score in islice(scores, count) if score] for count in self.num_scored],
+            {request: np.array(states) for request, states in self.pooled.items()},
         )
 
 
@@ -80,8 +84,9 @@ class ModelRunner:
             drawn = mx.minimum(previous.sampled.token_ids, self._model.vocab_size - 1).astype(mx.int32)
         hidden = self._forward(arrays, drawn)  # [T, hidden]
         sampled = self._sample(hidden, arrays, drawn)
-        step = _Step(batch, arrays.num_scored, sampled, self._score(hidden, batch, arrays))
-        mx.async_eval(step.sampled, step.scores, self._pools.arrays, self._states.conv, self._states.state)
+        step = _Step(batch, arrays.num_scored, sampled, self._score(hidden, batch, arrays), _pool(hidden, batch))
+        pooled = list(step.pooled.values())
+        mx.async_eval(step.sampled, step.scores, pooled, self._pools.arrays, self._states.conv, self._states.state)
         return step
 
     def _forward(self, arrays: BatchArrays, drawn: mx.array) -> mx.array:
@@ -123,6 +128,19 @@ class ModelRunner:
             logits = self._model.logits(hidden[mx.array(arrays.scored[part])])
             parts.append(sample(logits, rows[part]))
         return Sampled(*(mx.concatenate(list(columns)) for columns in zip(*parts, strict=True)))
+
+
+def _pool(hidden: mx.array, batch: Batch) -> dict[Request, mx.array]:
+    """Sums of the hidden states [T, hidden] that embeddings are made of."""
+    sums: dict[Request, mx.array] = {}
+    offset = 0  # of the row's tokens on T
+    for row in batch.rows:
+        if row.request.pooled is not None:
+            first_pos, end_pos = pooled_range(row.request.pooled.pooling, row.start_pos, row.end_pos)
+            states = hidden[offset + first_pos - row.start_pos : offset + end_pos - row.start_pos]
+            sums[row.request] = states.astype(mx.float32).sum(axis=0)
+        offset += row.num_tokens
+    return sums
 
 
 def _logprobs(sampled: Sampled | None, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:

@@ -11,6 +11,7 @@ from mlx_server import wire
 from mlx_server.engine.batch import Batch, BatchRow, StepResult
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.pacing import PrefillPacer
+from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.queue import FairShares, QueueLimits, Refusal, WaitingQueue, age
 from mlx_server.engine.request import Request, RequestState
 from mlx_server.engine.stats import EndReason, EngineStats
@@ -242,6 +243,8 @@ class Scheduler:
             if scores:
                 before = row.request.prompt_logprobs[: row.start_pos]  # more, if it was preempted
                 row.request.prompt_logprobs = before + scores
+            if row.request.pooled is not None:
+                row.request.pooled.add(row.start_pos, row.end_pos, result.pooled[row.request])
         drawn = zip(result.batch.sampling_rows, result.token_ids, result.logprobs, strict=True)
         for row, token_id, logprobs in drawn:
             request = row.request
@@ -287,6 +290,8 @@ class Scheduler:
             self.kv_cache.discard(request)
             self._end(request, "error", now_s)
             return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
+        if request.pooled is not None:
+            return self._embedded(request, request.pooled, now_s)
         is_first = not request.output_token_ids
         prompt_logprobs = request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None
         token_ids = [token_id] if request.max_tokens else []
@@ -313,6 +318,14 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             timings=request.timings(),
         )
+
+    def _embedded(self, request: Request, pooled: PooledStates, now_s: float) -> wire.RequestOutput:
+        vector = pooled.vector()
+        self._stats.on_token(request, now_s)
+        self._end(request, "error" if vector is None else "stop", now_s)
+        if vector is None:
+            return wire.Failed(request.request_id, "invalid_embedding", "The model gave no valid hidden states.")
+        return wire.Embedded(request.request_id, vector.tobytes())
 
     def _expire(self, now_s: float) -> Outputs:
         """End what nobody waits for any more."""

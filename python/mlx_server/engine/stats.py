@@ -99,7 +99,7 @@ class EngineStats(Collector):
 
     def on_token(self, request: Request, now_s: float) -> None:
         """A request's newest token is known; stamps the request."""
-        self._num_output_tokens += 1
+        self._num_output_tokens += request.max_tokens > 0
         if request.last_token_s is None:
             request.first_token_s = now_s
             self._ttft.observe(now_s - request.arrived_s)

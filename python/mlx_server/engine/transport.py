@@ -79,7 +79,7 @@ class EngineServer:
         match message:
             case wire.Hello():
                 self._send(connection, self._core.info)
-            case wire.Submit():
+            case wire.Submit() | wire.Embed():
                 failed = self._core.submit(connection, message)
                 if failed is not None:
                     level = logging.ERROR if failed.code == "invalid_request" else logging.INFO
