@@ -12,6 +12,8 @@ from typing import Any
 
 import falcon.testing
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from mlx_server.api.app import create_app
@@ -24,6 +26,8 @@ from mlx_server.sampling_params import SamplingParams
 from mlx_server.wire import (
     Cancel,
     ClientMessage,
+    Embed,
+    Embedded,
     EngineInfo,
     Failed,
     Finished,
@@ -115,6 +119,17 @@ def failing(code: str, after: str = "") -> Script:
     return script
 
 
+def fake_vector(token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """[4] of length 1: another one for other tokens."""
+    vector = np.array([len(token_ids), sum(token_ids), token_ids[0], -token_ids[-1]], np.float32)
+    unit: npt.NDArray[np.float32] = vector / np.float32(np.linalg.norm(vector))
+    return unit
+
+
+def embedding(message: Embed) -> Iterator[RequestOutput]:
+    yield Embedded(message.request_id, fake_vector(message.token_ids).tobytes())
+
+
 class FakeEngine:
     """The engine's end of the socket, in a thread. Answers every request with `script`."""
 
@@ -122,6 +137,8 @@ class FakeEngine:
         self.address = address
         self.script: Script = answer()
         self.submits: list[Submit] = []
+        self.embeds: list[Embed] = []
+        self.embed_script: Callable[[Embed], Iterator[RequestOutput | None]] = embedding
         self.cancelled: list[str] = []
         self.running: dict[str, Iterator[RequestOutput | None]] = {}
         self.num_hellos = 0
@@ -157,7 +174,7 @@ class FakeEngine:
                 self.send(*self.outbox.get())
             for request_id, script in list(self.running.items()):
                 output = next(script)
-                if isinstance(output, Finished | Failed):
+                if isinstance(output, Finished | Embedded | Failed):
                     del self.running[request_id]
                 if output is not None:
                     self.send(self._connections[request_id], StepOutput([output]))
@@ -174,6 +191,10 @@ class FakeEngine:
                 self.running[request_id] = self.script(message)
             case GetMetrics():
                 self.send(connection, Metrics("vllm:num_requests_running 0\n"))
+            case Embed(request_id=request_id):
+                self.embeds.append(message)
+                self._connections[request_id] = connection
+                self.running[request_id] = self.embed_script(message)
             case Cancel(request_id=request_id):
                 self.cancelled.append(request_id)
                 self.running.pop(request_id, None)
@@ -201,8 +222,14 @@ class ByteTokenizer:
     def encode_chat(self, rendered: str) -> list[int]:
         return list(rendered.encode())
 
+    def escape(self, text: str) -> str:
+        return text
+
+    def unescape(self, rendered: str) -> str:
+        return rendered
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return bytes(ids).decode(errors="replace")
+        return bytes(token_id for token_id in ids if token_id < END).decode(errors="replace")
 
     def token_id(self, text: str) -> int | None:
         return None

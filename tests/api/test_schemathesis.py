@@ -33,7 +33,6 @@ ALWAYS = [
     checks.status_code_conformance,
     checks.content_type_conformance,
     checks.response_schema_conformance,
-    checks.allow_header_conformance,
 ]
 
 

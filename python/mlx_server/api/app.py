@@ -12,7 +12,9 @@ from mlx_server.api.metrics import Metrics
 from mlx_server.api.middleware import AccessLog, Auth, Cors, HostCheck, RateLimit, RequestId
 from mlx_server.api.models import ModelById, Models
 from mlx_server.api.openai.chat import ChatCompletions
+from mlx_server.api.openai.embeddings import Embeddings
 from mlx_server.api.openapi import Docs, OpenApi
+from mlx_server.api.tokenize import ApplyTemplate, Detokenize, Tokenize
 
 
 def create_app(deps: Deps) -> AccessLog:
@@ -46,6 +48,10 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/v1/chat/completions": ChatCompletions(deps),
         "/v1/messages": Messages(deps),
         "/v1/messages/count_tokens": CountTokens(deps),
+        "/v1/embeddings": Embeddings(deps),
+        "/tokenize": Tokenize(deps),
+        "/detokenize": Detokenize(deps),
+        "/apply-template": ApplyTemplate(deps),
         "/openapi.json": openapi,
         "/docs": Docs(),
     }

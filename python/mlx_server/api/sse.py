@@ -15,7 +15,7 @@ from mlx_server.errors import ServerError
 # What the first answer waits for, so that an early failure has an HTTP status of its own, also for streams; then the
 # longest silence in a stream.
 FIRST_EVENT_S = KEEP_ALIVE_S = 5.0
-_CLIENT_CHECK_S = 0.1
+CLIENT_CHECK_S = 0.1
 
 
 class Client:
@@ -43,7 +43,7 @@ def wait_for_events(generation: Generation, client: Client, timeout_s: float) ->
     deadline = time.monotonic() + timeout_s
     while True:
         remaining_s = deadline - time.monotonic()
-        events = generation.poll(min(max(remaining_s, 0.0), _CLIENT_CHECK_S))
+        events = generation.poll(min(max(remaining_s, 0.0), CLIENT_CHECK_S))
         if events or remaining_s <= 0:
             return events
         client.check()

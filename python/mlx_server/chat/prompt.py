@@ -90,7 +90,7 @@ def is_enabled(reasoning: Reasoning) -> bool | None:
 
 def chat_tokens(model: ServedModel, prompt: ChatPrompt, info: EngineInfo) -> list[int]:
     """The prompt's token ids. InvalidRequestError if they leave no room for an answer."""
-    _check_size(prompt.text, info, "messages")
+    check_size(prompt.text, info, "messages")
     token_ids = model.tokenizer.encode_chat(prompt.text)
     check_length(token_ids, info, "messages", room=1)
     return token_ids
@@ -108,16 +108,14 @@ def _completion_tokens(
     if isinstance(prompt, list):
         if suffix is not None:
             raise InvalidRequestError("`suffix` needs a prompt that is text.", param="suffix")
-        if any(not 0 <= token_id < info.vocab_size for token_id in prompt):
-            fault = f"`prompt`: token ids of this model are 0 to {info.vocab_size - 1}."
-            raise InvalidRequestError(fault, param="prompt")
+        check_token_ids(prompt, info, "prompt")
         token_ids = prompt
     else:
-        _check_size(prompt, info, "prompt")
+        check_size(prompt, info, "prompt")
         if suffix is None:
             token_ids = model.tokenizer.encode(prompt, add_special_tokens=True)
         else:
-            _check_size(suffix, info, "suffix")
+            check_size(suffix, info, "suffix")
             token_ids = _fill_in_the_middle(model.tokenizer, prompt, suffix)
     check_length(token_ids, info, "prompt", room)
     return token_ids
@@ -133,7 +131,15 @@ def _fill_in_the_middle(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[
     raise InvalidRequestError(fault, param="suffix", code="unsupported")
 
 
-def _check_size(text: str, info: EngineInfo, param: str) -> None:
+def check_token_ids(token_ids: list[int], info: EngineInfo, param: str) -> None:
+    """InvalidRequestError unless the model has all these tokens."""
+    if any(not 0 <= token_id < info.vocab_size for token_id in token_ids):
+        fault = f"`{param}`: token ids of this model are 0 to {info.vocab_size - 1}."
+        raise InvalidRequestError(fault, param=param)
+
+
+def check_size(text: str, info: EngineInfo, param: str) -> None:
+    """InvalidRequestError if a text is surely too long, before the work of tokenizing it."""
     size_bytes = len(text.encode())
     if size_bytes > _MAX_BYTES_PER_TOKEN * info.context_length:
         raise _too_long(info, param, f"{size_bytes} bytes, more than {_MAX_BYTES_PER_TOKEN} for each of them")
@@ -142,7 +148,8 @@ def _check_size(text: str, info: EngineInfo, param: str) -> None:
 def check_length(token_ids: list[int], info: EngineInfo, param: str, room: int) -> None:
     """InvalidRequestError unless there are tokens, and as much room for the answer."""
     if len(token_ids) + room > info.context_length:
-        raise _too_long(info, param, f"{len(token_ids)} tokens, which leaves no room for an answer")
+        consequence = ", which leaves no room for an answer" if room else ""
+        raise _too_long(info, param, f"{len(token_ids)} tokens{consequence}")
     if not token_ids:
         raise InvalidRequestError("The prompt is empty.", param=param)
 

@@ -13,8 +13,10 @@ from mlx_server.chat.tool_parsers.base import ToolParser
 from mlx_server.chat.tool_parsers.hermes import Hermes
 from mlx_server.chat.types import Scalar
 from mlx_server.checkpoint.model_config import GenerationDefaults, generation_defaults
+from mlx_server.checkpoint.pooling import DEFAULT_POOLING, pooling_of
 from mlx_server.config import ResolvedModel
 from mlx_server.sampling_params import SamplingParams
+from mlx_server.wire import Pooling
 
 
 class TextStream(Protocol):
@@ -31,6 +33,12 @@ class Tokenizer(Protocol):
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template."""
+
+    def escape(self, text: str) -> str:
+        """`text` such that `encode_chat` takes special tokens in it for plain text."""
+
+    def unescape(self, rendered: str) -> str:
+        """What `escape` was given."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of tokens."""
@@ -70,6 +78,7 @@ class ServedModel:
     default_sampling: SamplingParams  # where a request says nothing
     tool_parser: type[ToolParser] = Hermes  # the format of its tool calls
     reasoning_tags: Tags | None = None  # if it thinks
+    pooling: Pooling | None = DEFAULT_POOLING  # of embeddings; None: they need more than that
 
 
 def load_served_model(model: ResolvedModel, tool_parser: str | None = None) -> ServedModel:
@@ -95,6 +104,7 @@ def load_served_model(model: ResolvedModel, tool_parser: str | None = None) -> S
         _default_sampling(generation_defaults(path)),
         TOOL_PARSERS[tool_parser] if tool_parser else tool_parser_of(chat_template),
         reasoning_tags(chat_template.source, lambda text: loaded.token_id(text) is not None),
+        pooling_of(path),
     )
 
 

@@ -109,6 +109,10 @@ class Tokenizer:
         """`text` for use in a chat template: special tokens that a user spells out stay text in `encode_chat`."""
         return self._escape_pattern.sub(lambda match: f"{_OPEN}{self._escape_index[match[0]]}{_CLOSE}", text)
 
+    def unescape(self, rendered: str) -> str:
+        """A rendered chat template as people read it: what `escape` has replaced is there again."""
+        return _ESCAPED.sub(lambda match: "".join(self._escapable[int(match[1]) :][:1]), rendered)
+
     def _encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that is not the first: without the space that SentencePiece puts before a first one."""
         before = self._tokenizer.encode(_BEFORE, add_special_tokens=False).ids
