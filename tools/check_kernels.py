@@ -53,6 +53,13 @@ float min(float, float);
 int min(int, int);
 }  // namespace metal
 using namespace metal;
+template <typename T, int, int>
+struct simdgroup_matrix {
+  T elements[2];
+  T* thread_elements() { return elements; }
+};
+template <typename M>
+void simdgroup_multiply_accumulate(M&, M&, M&, M&);
 template <typename To>
 To as_type(int bits) {
   return __builtin_bit_cast(To, bits);

@@ -111,11 +111,65 @@ inline float host_simd_read(float x, int lane) {
 // UBSan checks what the kernel promises: that the array's side is aligned.
 inline void host_load4(float* to, const float* from) { std::copy_n(std::assume_aligned<16>(from), 4, to); }
 inline void host_store4(float* to, const float* from) { std::copy_n(from, 4, std::assume_aligned<16>(to)); }
+// GPUs need it.
+template <int N, typename T>
+void host_check_aligned(const T* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % std::min<std::size_t>(N * sizeof(T), 16) != 0) {
+    std::abort();
+  }
+}
+
+template <int N, typename To, typename From>
+void host_copy(To* to, const From* from) {
+  host_check_aligned<N>(from);
+  host_check_aligned<N>(to);
+  for (int i = 0; i < N; ++i) {
+    to[i] = To(float(from[i]));
+  }
+}
+
+// 16 by 16, whole in each lane.
+struct HostMatrix {
+  float x[16][16];
+
+  template <typename T>
+  void load(const T* from, int row_stride, int column_stride) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) {
+        x[i][j] = float(from[i * row_stride + j * column_stride]);
+      }
+    }
+  }
+
+  void multiply_add(const HostMatrix& a, const HostMatrix& b) {
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < 16; ++k) {
+        for (int j = 0; j < 16; ++j) {
+          x[i][j] += a.x[i][k] * b.x[k][j];
+        }
+      }
+    }
+  }
+
+  void scale_rows(const float* factors) {
+    for (int i = 0; i < 16; ++i) {
+      for (float& value : x[i]) {
+        value *= factors[i];
+      }
+    }
+  }
+
+  // Each lane stores a part.
+  void store(float* to, int stride, int lane) const {
+    for (int j = lane % 2; j < 16; j += 2) {
+      to[lane / 2 * stride + j] = x[lane / 2][j];
+    }
+  }
+};
+
 template <int N, typename T>
 void host_load(float* to, const T* from) {
-  if (reinterpret_cast<std::uintptr_t>(from) % std::min<std::size_t>(N * sizeof(T), 16) != 0) {
-    std::abort();  // not aligned, as GPUs need it
-  }
+  host_check_aligned<N>(from);
   for (int i = 0; i < N; ++i) {
     to[i] = float(from[i]);
   }
@@ -148,5 +202,16 @@ void host_load(float* to, const T* from) {
 #define MIN(a, b) std::min(a, b)
 #define LOAD4(to, from) mlx_server::host_load4(to, from)
 #define STORE4(to, from) mlx_server::host_store4(to, from)
+#define COPY(N, to, from) mlx_server::host_copy<N>(to, from)
+#define MATRIX_LEFT(T) mlx_server::HostMatrix
+#define MATRIX_RIGHT(T) mlx_server::HostMatrix
+#define MATRIX_SUM mlx_server::HostMatrix
+#define MATRIX_LOAD_LEFT(a, from, stride) a.load(from, stride, 1)
+#define MATRIX_LOAD_RIGHT(b, from, stride) b.load(from, stride, 1)
+#define MATRIX_LOAD_TRANSPOSED(b, from, stride) b.load(from, 1, stride)
+#define MATRIX_ZERO(c) c = {}
+#define MATRIX_MULTIPLY_ADD(c, a, b) c.multiply_add(a, b)
+#define MATRIX_SCALE_ROWS(c, factors) c.scale_rows(factors)
+#define MATRIX_STORE(c, to, stride) c.store(to, stride, LANE)
 #define LOAD(N, to, from) mlx_server::host_load<N>(to, from)
 #define UNROLL

@@ -3,8 +3,10 @@
 #include <limits>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include <mlx/device.h>
 #include <mlx/ops.h>
 
 #include "kernel_sources.h"
@@ -82,17 +84,39 @@ mx::array decode(const Call& call, const AttentionTables& tables) {
                 call.stream)[0];
 }
 
+// Metal's matrix units are in every Mac with MLX; on CUDA the kernel's instructions begin with compute capability 8.
+bool has_matrix_units(mx::Device device) {
+  const auto& info = mx::device_info(device);
+  const auto major = info.find("compute_capability_major");
+  return major == info.end() || std::get<std::size_t>(major->second) >= 8;
+}
+
+// How attention of many queries is computed.
+struct Prefill {
+  const KernelSource& kernel;
+  int heads;         // of a group
+  int tile_queries;  // of a group
+};
+
+Prefill choose_prefill(const Call& call) {
+  const int heads = std::min(call.sharing(), 16);
+  const bool is_matrix = call.q.dtype().size() == 2 && call.head_dim() % 16 == 0 && call.head_dim() <= 128 &&
+                         has_matrix_units(call.stream.device);
+  return is_matrix ? Prefill{kernel_sources::attention_matrix, heads, kThreads / 2 / heads}
+                   : Prefill{kernel_sources::attention_prefill, heads, kThreads / 4 / heads};
+}
+
 // The other rows: [their tokens, H, D].
-mx::array prefill(const Call& call, const AttentionTables& tables, int heads) {
-  Constants constants = call.constants(heads);
+mx::array prefill(const Call& call, const AttentionTables& tables, const Prefill& choice) {
+  Constants constants = call.constants(choice.heads);
   constants.emplace_back("HAS_SINKS", call.options.sinks.has_value() ? 1 : 0);
-  return launch(kernel_sources::attention_prefill,
+  return launch(choice.kernel,
                 {.inputs = {call.q, call.pool.keys, call.pool.values, call.key_scales(), call.value_scales(),
                             call.batch.block_tables(), *tables.tiles, call.sinks()},
                  .output_shapes = {{tables.num_prefill_tokens, call.num_heads(), call.head_dim()}},
                  .output_dtypes = {call.q.dtype()},
                  .constants = std::move(constants),
-                 .groups = {tables.tiles->shape(0), call.head_groups(heads), 1},
+                 .groups = {tables.tiles->shape(0), call.head_groups(choice.heads), 1},
                  .threads = kThreads},
                 call.stream)[0];
 }
@@ -102,15 +126,15 @@ mx::array prefill(const Call& call, const AttentionTables& tables, int heads) {
 mx::array paged_attention_gpu(const mx::array& q, const KVPool& pool, const AttentionBatch& batch,
                               const AttentionOptions& options, mx::Stream s) {
   const Call call{q, pool, batch, options, s};
-  const int prefill_heads = std::min(call.sharing(), 16);
+  const Prefill choice = choose_prefill(call);
   const AttentionTables& tables =
-      batch.tables(options.window.value_or(std::numeric_limits<int>::max()), kThreads / 4 / prefill_heads);
+      batch.tables(options.window.value_or(std::numeric_limits<int>::max()), choice.tile_queries);
   std::vector<mx::array> outputs;
   if (tables.queries) {
     outputs.push_back(decode(call, tables));
   }
   if (tables.tiles) {
-    outputs.push_back(prefill(call, tables, prefill_heads));
+    outputs.push_back(prefill(call, tables, choice));
   }
   const mx::array out = outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0, s);
   return tables.order ? mx::take(out, *tables.order, 0, s) : out;

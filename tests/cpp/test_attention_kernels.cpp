@@ -49,6 +49,15 @@ std::vector<T> normal(int size, std::mt19937& rng) {
   return values;
 }
 
+template <typename T, typename KV, int HEAD_DIM, int SHARING, int HEADS, int SCALE_BITS, int SOFTCAP_BITS,
+          int HAS_SINKS>
+void matrix_kernel(const T* q, const KV* k_pool, const KV* v_pool, const float* k_scales, const float* v_scales,
+                   const int* tables, const int* tiles, const T* sinks, T* out) {
+  constexpr int HAS_SCALES = std::is_same_v<KV, std::int8_t>;
+  constexpr int THREADS = kThreads, KV_HEADS = kKvHeads, BLOCK_SIZE = kBlockSize;
+#include "paged_attention/attention_matrix.kernel"
+}
+
 template <typename T, int HEAD_DIM>
 void quantize_kernel(const T* x, std::int8_t* values, float* scales) {
 #include "paged_attention/kv_quantize.kernel"
@@ -184,10 +193,11 @@ void check_decode(double tolerance, int window = std::numeric_limits<int>::max()
 }
 
 // All queries of row 1 and queries [5, 40) of row 0.
-template <typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0, typename KV = T>
+template <bool kMatrix, typename T, int kHeadDim, int kSharing, int kHeads, int kSoftcap = 0, int kHasSinks = 0,
+          typename KV = T>
 void check_prefill(double tolerance, int window = std::numeric_limits<int>::max()) {
   using C = Case<T, KV, kHeadDim, kSharing>;
-  constexpr int kQueries = kThreads / 4 / kHeads;
+  constexpr int kQueries = kThreads / (kMatrix ? 2 : 4) / kHeads, kSoftcapBits = std::bit_cast<int>(float(kSoftcap));
   C c({float(kSoftcap), kHasSinks != 0, window});
   std::vector<int> tiles;
   for (const auto& [row, begin, end] : {std::array{0, 5, 40}, std::array{1, 0, 23}}) {
@@ -198,9 +208,11 @@ void check_prefill(double tolerance, int window = std::numeric_limits<int>::max(
   }
   mlx_server::host_launch(
       {static_cast<int>(tiles.size()) / 6, kKvHeads * ((kSharing + kHeads - 1) / kHeads), 1}, kThreads, [&] {
-        prefill_kernel<T, KV, kHeadDim, kSharing, kHeads, kScaleBits, std::bit_cast<int>(float(kSoftcap)), kHasSinks>(
-            c.q.data(), c.k.data(), c.v.data(), c.k_scales.data(), c.v_scales.data(), c.tables.data(), tiles.data(),
-            c.sinks.data(), c.out.data());
+        constexpr auto kernel =
+            kMatrix ? matrix_kernel<T, KV, kHeadDim, kSharing, kHeads, kScaleBits, kSoftcapBits, kHasSinks>
+                    : prefill_kernel<T, KV, kHeadDim, kSharing, kHeads, kScaleBits, kSoftcapBits, kHasSinks>;
+        kernel(c.q.data(), c.k.data(), c.v.data(), c.k_scales.data(), c.v_scales.data(), c.tables.data(), tiles.data(),
+               c.sinks.data(), c.out.data());
       });
   for (int position = 0; position < 40; ++position) {
     const T* const row_0 = c.out.data() + position * C::kHeads * kHeadDim;
@@ -226,13 +238,22 @@ TEST(decode_agrees_with_the_definition) {
 }
 
 TEST(prefill_agrees_with_the_definition) {
-  check_prefill<float, 16, 3, 3>(2e-6);
-  check_prefill<float, 64, 1, 1>(2e-6);
-  check_prefill<float, 24, 5, 4, 3, 1>(2e-6, 13);
-  check_prefill<float, 144, 2, 2, 0, 1>(2e-6);
-  check_prefill<float, 9, 16, 16>(2e-6, 1);
-  check_prefill<HostBfloat16, 80, 4, 4, 5>(1e-2);
-  check_prefill<float, 64, 3, 3, 0, 0, std::int8_t>(2e-5);
+  check_prefill<false, float, 16, 3, 3>(2e-6);
+  check_prefill<false, float, 64, 1, 1>(2e-6);
+  check_prefill<false, float, 24, 5, 4, 3, 1>(2e-6, 13);
+  check_prefill<false, float, 144, 2, 2, 0, 1>(2e-6);
+  check_prefill<false, float, 9, 16, 16>(2e-6, 1);
+  check_prefill<false, HostBfloat16, 80, 4, 4, 5>(1e-2);
+  check_prefill<false, float, 64, 3, 3, 0, 0, std::int8_t>(2e-5);
+}
+
+TEST(matrix_kernel_agrees_with_the_definition) {
+  check_prefill<true, float, 16, 3, 3>(2e-6);
+  check_prefill<true, float, 64, 1, 1>(2e-6);
+  check_prefill<true, float, 32, 5, 4, 3, 1>(2e-6, 13);
+  check_prefill<true, float, 48, 16, 16>(2e-6, 1);
+  check_prefill<true, HostBfloat16, 80, 4, 4, 5, 1>(2e-2);
+  check_prefill<true, float, 64, 3, 3, 0, 0, std::int8_t>(2e-5);
 }
 
 TEST(quantize_rounds_to_the_nearest) {
