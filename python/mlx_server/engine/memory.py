@@ -83,7 +83,7 @@ def plan_memory(
     num_snapshots = max(min(MAX_SNAPSHOTS, int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0) if slot_bytes else 0
     budget_bytes -= num_snapshots * slot_bytes
     useful_blocks = max(model.context_length, USEFUL_TOKENS) // BLOCK_SIZE
-    least_blocks = min(model.context_length, LEAST_TOKENS) // BLOCK_SIZE
+    least_blocks = max(min(model.context_length, LEAST_TOKENS) // BLOCK_SIZE, 1)
     num_blocks = min(useful_blocks, budget_bytes // block_bytes)
     if num_blocks < least_blocks:
         needed_bytes = limit_bytes - budget_bytes + least_blocks * block_bytes
