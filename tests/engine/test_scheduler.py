@@ -294,3 +294,16 @@ def test_retries_end() -> None:
     collector = Collector()
     run_with_failures(core, collector)
     assert isinstance(collector.ends["a"], wire.Failed)
+
+
+@pytest.mark.parametrize(("before", "sizes"), [(128, [128, 64, 32, 32]), (16, [16, 16])])
+def test_steps_become_smaller_when_memory_is_short(before: int, sizes: list[int]) -> None:
+    core, runner = make_core(max_batch_tokens=before, context=2000, num_blocks=1000)
+    message = make_submit("a", list(range(1000)), 5)
+    core.submit(API, message)
+    for size in sizes:
+        core.step()
+        assert runner.in_flight is not None and runner.in_flight.num_tokens == size
+        core.cancel(API, "a")
+        core.fail_step(out_of_memory=True)
+        core.submit(API, message)

@@ -11,7 +11,7 @@ import zmq
 
 from engine.test_scheduler import alone, make_core, make_submit
 from mlx_server import wire
-from mlx_server.engine.transport import EngineServer
+from mlx_server.engine.transport import EngineServer, _is_out_of_memory
 
 
 class Client:
@@ -132,3 +132,16 @@ def test_requests_of_a_process_that_is_gone_are_cancelled(harness: Harness, capl
     while harness.core.has_work and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "1 of its requests cancelled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), True),
+        (RuntimeError("cudaMallocAsync: out of memory"), True),
+        (RuntimeError("the device is on fire"), False),
+    ],
+)
+def test_errors_that_mean_too_little_memory(error: Exception, is_it: bool) -> None:
+    assert _is_out_of_memory(error) is is_it

@@ -75,11 +75,14 @@ class EngineCore:
         self._observe(previous, batch, start_s, end_s)
         return self._scheduler.update(previous, end_s)
 
-    def fail_step(self) -> Outputs:
-        """After `step` has raised: its requests are tried again alone, or end; the others are kept."""
+    def fail_step(self, *, out_of_memory: bool = False) -> Outputs:
+        """After `step` has raised: its requests are tried again alone, or end; the others are kept. From then on steps
+        are smaller if memory was short."""
         lost = [batch for batch in (self._runner.in_flight, self._launching) if batch is not None]
         self._runner.reset()
         self._stats.on_failed_step()
+        if out_of_memory:
+            self._scheduler.shrink_steps()
         message = "The engine failed to compute a step of this request."
         return self._scheduler.fail(lost, "engine_error", message, self._clock())
 

@@ -19,6 +19,7 @@ from mlx_server.ops.sampling import INVALID_TOKEN
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 
+LEAST_BATCH_TOKENS = 32
 MAX_FAILED_STEPS = 3  # in company; alone, one is enough to blame the request
 
 
@@ -276,6 +277,10 @@ class Scheduler:
             self._preempt(request)
         self.kv_cache.clear()
         return outputs
+
+    def shrink_steps(self) -> None:
+        """Memory was short: let further steps have half as many tokens."""
+        self._max_batch_tokens = max(self._max_batch_tokens // 2, min(LEAST_BATCH_TOKENS, self._max_batch_tokens))
 
     def _clear_suspects(self, computed: Batch) -> None:
         self._is_suspect_in_flight = False

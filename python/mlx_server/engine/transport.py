@@ -64,9 +64,9 @@ class EngineServer:
         start = time.monotonic()
         try:
             outputs = self._core.step()
-        except Exception:  # process loop: a fault in a step ends that step's requests, never the engine
+        except Exception as error:  # process loop: a fault in a step ends that step's requests, never the engine
             log.exception("step failed")
-            outputs = self._core.fail_step()
+            outputs = self._core.fail_step(out_of_memory=_is_out_of_memory(error))
         log.debug("step: %.1f ms, %d outputs", 1e3 * (time.monotonic() - start), len(outputs))
         return outputs
 
@@ -106,3 +106,9 @@ class EngineServer:
                 raise
             count = self._core.cancel_connection(connection)
             log.warning("an API process is gone or stuck; %d of its requests cancelled", count)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The C++ standard's error, or MLX's, which is a RuntimeError that says so."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "malloc" in text or "out of memory" in text
