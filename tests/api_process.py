@@ -16,18 +16,18 @@ import msgspec
 import openai
 
 from fake_engine import FakeEngine, until
-from mlx_server.api.incoming import Timeouts
+from mlx_server.api.incoming import ClientLimits
 from mlx_server.config import Launch, ResolvedModel, Settings
 
 CHAT = "/v1/chat/completions"
 TESTS = Path(__file__).parent
-_TIMEOUTS = Timeouts()
+_LIMITS = ClientLimits()
 
 
 class Process:
     """An API process and its engine. `max_files`: so many may be open in each process; 0: the usual number."""
 
-    def __init__(self, run_dir: Path, timeouts: Timeouts = _TIMEOUTS, max_files: int = 0, **settings: Any) -> None:
+    def __init__(self, run_dir: Path, limits: ClientLimits = _LIMITS, max_files: int = 0, **settings: Any) -> None:
         self.run_dir = run_dir
         self.log = run_dir / "log"
         self.engine = FakeEngine(f"ipc://{run_dir}/engine")
@@ -35,7 +35,7 @@ class Process:
         Launch(Settings(model="tiny", **settings), model, self.engine.address).write(run_dir)
         with socket.create_server(("127.0.0.1", 0)) as listener, self.log.open("w") as log:
             self.port: int = listener.getsockname()[1]
-            arguments = (str(listener.fileno()), msgspec.json.encode(timeouts), str(max_files))
+            arguments = (str(listener.fileno()), msgspec.json.encode(limits), str(max_files))
             stdin, self.lifeline = os.pipe()
             self.process = subprocess.Popen(
                 [sys.executable, TESTS / "api/fake_server.py", run_dir, *arguments],
@@ -98,8 +98,8 @@ def request(**fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(run_dir: Path, timeouts: Timeouts = _TIMEOUTS, max_files: int = 0, **settings: Any) -> Iterator[Process]:
-    process = Process(run_dir, timeouts, max_files, **settings)
+def running(run_dir: Path, limits: ClientLimits = _LIMITS, max_files: int = 0, **settings: Any) -> Iterator[Process]:
+    process = Process(run_dir, limits, max_files, **settings)
     try:
         yield process
     finally:

@@ -8,7 +8,7 @@ import msgspec
 
 from fake_engine import fake_model
 from mlx_server import log
-from mlx_server.api.incoming import Timeouts
+from mlx_server.api.incoming import ClientLimits
 from mlx_server.api.server import Server
 from mlx_server.config import Launch
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     fd = int(sys.argv[2])
     if max_files := int(sys.argv[4]):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
-    timeouts = msgspec.json.decode(sys.argv[3], type=Timeouts)
+    limits = msgspec.json.decode(sys.argv[3], type=ClientLimits)
     launch = Launch.read(run_dir)
     log.configure(launch.settings.log_level, "api")
-    Server(launch, run_dir, fd, load_model=lambda model, _: fake_model(model.name), timeouts=timeouts).run()
+    Server(launch, run_dir, fd, load_model=lambda model, _: fake_model(model.name), limits=limits).run()

@@ -17,7 +17,7 @@ import pytest
 
 from api_process import CHAT, Process, request, running
 from fake_engine import END, answer, endless, silent, until
-from mlx_server.api.incoming import Timeouts
+from mlx_server.api.incoming import ClientLimits
 from mlx_server.wire import Finished, RequestOutput, Submit, Tokens
 
 MESSAGES: Any = request()["messages"]
@@ -120,7 +120,7 @@ def test_a_client_that_never_reads_ends_the_work(tmp_path: Path) -> None:
         while True:
             yield Tokens(submit.request_id, [END + 100_000])
 
-    with running(tmp_path, Timeouts(send_s=1)) as process:
+    with running(tmp_path, ClientLimits(send_s=1)) as process:
         process.engine.script = script
         process.send(stream=True)
         until(lambda: process.engine.cancelled, timeout_s=30)
@@ -290,7 +290,7 @@ def test_a_stop_refuses_the_new_and_finishes_the_old(tmp_path: Path) -> None:
 
 
 def test_a_stop_ends_what_takes_too_long_with_an_error(tmp_path: Path) -> None:
-    with running(tmp_path, Timeouts(drain_s=1)) as process:
+    with running(tmp_path, ClientLimits(drain_s=1)) as process:
         process.engine.script = endless
         response = process.post(stream=True)
         response.readline()

@@ -14,7 +14,7 @@ import pytest
 
 from api_process import CHAT, Process, request, running
 from fake_engine import silent, until
-from mlx_server.api.incoming import Timeouts
+from mlx_server.api.incoming import ClientLimits
 
 BODY = json.dumps(request()).encode()
 POST = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
@@ -174,8 +174,8 @@ def test_expect_continue_is_answered_before_the_body_and_once(process: Process) 
 
 @pytest.fixture(scope="module")
 def impatient_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    timeouts = Timeouts(idle_s=2, head_s=1.0, body_s=1.0, linger_s=0.5)
-    with running(tmp_path_factory.mktemp("api"), timeouts) as process:
+    limits = ClientLimits(idle_s=2, head_s=1.0, body_s=1.0, linger_s=0.5)
+    with running(tmp_path_factory.mktemp("api"), limits) as process:
         yield process
 
 
@@ -279,8 +279,18 @@ def test_a_low_limit_of_files(tmp_path: Path) -> None:
         assert process.get("/health") == 200
 
 
+def test_unfinished_requests_take_a_bounded_memory(tmp_path: Path) -> None:
+    with running(tmp_path, ClientLimits(max_pending_bytes=4 << 20)) as process:
+        half = POST + b"Content-Length: %d\r\n\r\n" % (3 << 20) + b" " * (2 << 20)
+        connections = [connect(process, half) for _ in range(5)]  # of two workers, each holds two at most
+        ready = select.select(connections, [], [], 20)[0]
+        check_only_error(read_all(ready[0]), 503, "server_busy")
+        process.disconnect()
+        assert process.post().status == 200
+
+
 def test_a_stop_does_not_wait_for_slow_clients(tmp_path: Path) -> None:
-    with running(tmp_path, Timeouts(linger_s=0.5)) as process:
+    with running(tmp_path, ClientLimits(linger_s=0.5)) as process:
         for data in (b"", GET, WITH_LENGTH):
             connect(process, data)
         assert process.get("/health") == 200

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 from http.client import HTTPConnection
 
@@ -181,3 +182,14 @@ def test_no_prompt_and_no_answer_is_logged(server, client):
     until(lambda: re.search(r"POST /v1/chat/completions 200", server.err), "the access log's line")
     assert "kumquat" not in server.err.lower()
     assert "Paris" not in server.err
+
+
+def test_embeddings_of_a_batch_are_those_of_single_texts(client):
+    texts = ["The cat sat on the mat.", "A feline rested on the rug.", "Interest rates went up again."]
+    batch = client.embeddings.create(model="default", input=texts)
+    assert batch.usage.prompt_tokens > 15
+    for item, text in zip(batch.data, texts, strict=True):
+        single = client.embeddings.create(model="default", input=text, encoding_format="float").data[0].embedding
+        assert len(single) == 576
+        assert abs(math.hypot(*single) - 1) < 1e-4
+        assert math.dist(item.embedding, single) < 1e-4

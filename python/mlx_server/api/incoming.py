@@ -32,8 +32,8 @@ _END_OF_HEAD = b"\r\n\r\n"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
 
-class Timeouts(msgspec.Struct, frozen=True):
-    """How long the server waits for clients."""
+class ClientLimits(msgspec.Struct, frozen=True):
+    """What the server bears of its clients, beside the limits on sizes."""
 
     idle_s: int = 75  # without a request
     head_s: float = 10.0  # from a request's first byte to the end of its head
@@ -42,6 +42,7 @@ class Timeouts(msgspec.Struct, frozen=True):
     send_s: int = 20  # the client takes nothing of its answer
     linger_s: float = 2.0  # after the last answer: the client has not closed
     drain_s: int = 30  # from the stop signal to the end of what still runs
+    max_pending_bytes: int = 256 << 20  # that a worker holds of requests which are not complete
 
 
 class Request(Protocol):
@@ -77,7 +78,7 @@ class Connection(Generic[_R]):
     """
 
     def __init__(
-        self, sock: socket.socket, client: Any, server: Any, parse: Callable[[bytes], Head[_R]], timeouts: Timeouts
+        self, sock: socket.socket, client: Any, server: Any, parse: Callable[[bytes], Head[_R]], limits: ClientLimits
     ) -> None:
         """`parse` raises HttpError for a head that it can't read."""
         self.sock = sock
@@ -88,10 +89,10 @@ class Connection(Generic[_R]):
         self.lingering = False
         self.num_counted = 0
         self._parse = parse
-        self._timeouts = timeouts
+        self._limits = limits
         self._head = b""
         self._body: Body | None = None
-        self._deadline = time.monotonic() + timeouts.idle_s
+        self._deadline = time.monotonic() + limits.idle_s
 
     @property
     def is_idle(self) -> bool:
@@ -105,12 +106,12 @@ class Connection(Generic[_R]):
         """The last request is answered."""
         self.request = self._body = None
         self._head = b""
-        self._deadline = time.monotonic() + (self._timeouts.head_s if self.received else self._timeouts.idle_s)
+        self._deadline = time.monotonic() + (self._limits.head_s if self.received else self._limits.idle_s)
 
     def feed(self, data: bytes) -> None:
         """More bytes have come."""
         if self.is_idle:
-            self._deadline = time.monotonic() + self._timeouts.head_s
+            self._deadline = time.monotonic() + self._limits.head_s
         self.received += data
 
     def read_request(self) -> _R | None:
@@ -122,7 +123,7 @@ class Connection(Generic[_R]):
             self._head = head
             parsed = self._parse(head)
             self.request, self._body = parsed.request, parsed.body
-            self._deadline = time.monotonic() + self._timeouts.body_s
+            self._deadline = time.monotonic() + self._limits.body_s
             if parsed.expects_continue:
                 self.send_at_once(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert self._body is not None
@@ -132,7 +133,7 @@ class Connection(Generic[_R]):
         return self.request
 
     def is_late(self, now: float) -> bool:
-        grace_s = len(self._body.content) / self._timeouts.min_body_rate if self._body is not None else 0.0
+        grace_s = len(self._body.content) / self._limits.min_body_rate if self._body is not None else 0.0
         return now > self._deadline + grace_s
 
     def end_by(self, deadline: float) -> None:
@@ -170,7 +171,7 @@ class Connection(Generic[_R]):
         """End the sending half; drop what came, and what still comes for a while. False if the client is gone."""
         self.received.clear()
         self.expect_request()
-        self.end_by(time.monotonic() + self._timeouts.linger_s)
+        self.end_by(time.monotonic() + self._limits.linger_s)
         self.lingering = True
         try:
             self.sock.shutdown(socket.SHUT_WR)

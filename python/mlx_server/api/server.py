@@ -41,10 +41,10 @@ from mlx_server.api.incoming import (
     MAX_FIELDS,
     Body,
     ChunkedBody,
+    ClientLimits,
     Connection,
     Head,
     LengthBody,
-    Timeouts,
     headers_too_large,
 )
 from mlx_server.api.middleware import HEALTH_PATHS, AccessLog
@@ -58,12 +58,11 @@ log = logging.getLogger(__name__)
 
 _NUM_WORKERS = 2
 _DRAIN_MARGIN_S = 3  # for the error events of what was ended
-_TIMEOUTS = Timeouts()
+_LIMITS = ClientLimits()
 _SWEEP_INTERVAL_S = 0.5
 _MAX_CONNECTIONS = 4096  # a worker; idle ones make room for new ones
 _MIN_CONNECTIONS = 16
 _OWN_FILES = 64  # of a worker, beside its connections
-_MAX_BYTES_IN_REQUESTS = 256 << 20  # a worker holds of requests that are not complete
 _RECEIVE_BYTES = 64 << 10
 _ACCEPT_PAUSE_S = 0.5
 _FILES = resource.RLIMIT_NOFILE
@@ -84,13 +83,13 @@ class Server(BaseApplication):  # type: ignore[misc]
         listener_fd: int,
         *,
         load_model: Callable[[ResolvedModel, str | None], ServedModel] = load_served_model,
-        timeouts: Timeouts = _TIMEOUTS,
+        limits: ClientLimits = _LIMITS,
     ) -> None:
         self._launch = launch
         self._run_dir = run_dir
         self._listener_fd = listener_fd
         self._load_model = load_model
-        self.timeouts = timeouts
+        self.limits = limits
         self._start_time = int(time.time())
         self.engine: EngineClient | None = None
         super().__init__()
@@ -101,11 +100,11 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_class": Worker,
             "workers": _NUM_WORKERS,
             "threads": 256,
-            "keepalive": self.timeouts.idle_s,
+            "keepalive": self.limits.idle_s,
             "worker_connections": _max_connections(),
             "limit_request_fields": MAX_FIELDS,
             "http_parser": "python",  # whatever else is installed
-            "graceful_timeout": self.timeouts.drain_s + _DRAIN_MARGIN_S,
+            "graceful_timeout": self.limits.drain_s + _DRAIN_MARGIN_S,
             "preload_app": False,
             "control_socket_disable": True,  # its path is one for all servers of a machine
             "logger_class": _Log,
@@ -175,11 +174,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
             return
-        timeout = struct.pack("@ll", self.app.timeouts.send_s, 0)  # a timeval
+        timeout = struct.pack("@ll", self.app.limits.send_s, 0)  # a timeval
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self.nr_conns += 1
         parse = partial(_parse, cfg=self.cfg, client=client)
-        connection = Connection(sock, client, listener.getsockname(), parse, self.app.timeouts)
+        connection = Connection(sock, client, listener.getsockname(), parse, self.app.limits)
         self._wait(connection)
 
     def set_accept_enabled(self, enabled: bool) -> None:
@@ -244,7 +243,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         try:
             request = connection.read_request()
             self._count(connection)
-            if self._num_bytes > _MAX_BYTES_IN_REQUESTS:
+            if self._num_bytes > self.app.limits.max_pending_bytes:
                 raise _busy()
             if request is not None:
                 self._serve(connection, request)
@@ -290,7 +289,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return
         connection.expect_request()
         if not self.alive:
-            connection.end_by(time.monotonic() + self.app.timeouts.linger_s)
+            connection.end_by(time.monotonic() + self.app.limits.linger_s)
         self._count(connection)
         self._wait(connection)
         if connection.received:  # the client sent it behind the one before; others have their turn first
@@ -326,7 +325,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.close()
         if self.app.engine is not None:
             stopping = ("server_stopping", "The server is shutting down.")
-            timer = threading.Timer(self.app.timeouts.drain_s, self.app.engine.fail_streams, stopping)
+            timer = threading.Timer(self.app.limits.drain_s, self.app.engine.fail_streams, stopping)
             timer.daemon = True
             timer.start()
 
