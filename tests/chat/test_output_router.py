@@ -1,5 +1,6 @@
 """Thoughts, text, calls and stop strings, cut at every character and at every token."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -16,7 +17,7 @@ from mlx_server.chat.reasoning import ReasoningParser, Tags, opens_reasoning, re
 from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.chat.tool_parsers import TOOL_PARSERS
 from mlx_server.chat.types import Event, ReasoningDelta, TextDelta, Tool, ToolCallDelta, ToolCallStart
-from real_tokenizers import LLAMA3_1, QWEN3, REAL_TOKENIZERS, model_directory
+from real_tokenizers import REAL_TOKENIZERS, model_directory
 
 THINK = Tags("<think>", "</think>")
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "ä😀"}}\n</tool_call>'
@@ -241,27 +242,41 @@ def test_any_answer_in_any_pieces(answer: str, cuts: list[int], is_open: bool) -
 
 # --- the tokens of real models ---
 
-MARKUP = {QWEN3: (CALL, "hermes"), LLAMA3_1: ('<|python_tag|>{"name": "f", "parameters": {"x": "ä😀"}}', "llama3_json")}
+MARKUP = {
+    "hermes": f"\n{CALL}",
+    "qwen3_coder": "\n<tool_call>\n<function=f>\n<parameter=x>\nä😀\n</parameter>\n</function>\n</tool_call>",
+    "mistral": '[TOOL_CALLS][{"name": "f", "arguments": {"x": "ä😀"}}]',
+    "llama3_json": ' <|python_tag|>{"name": "f", "parameters": {"x": "ä😀"}}',
+    "pythonic": "[f(x='ä😀')]",
+    "json": '```json\n{"name": "f", "arguments": {"x": "ä😀"}}\n```',
+}
+
+
+@functools.cache
+def load(name: str) -> Tokenizer:
+    return Tokenizer.load(model_directory(name))
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", MARKUP)
+@pytest.mark.parametrize("parser", MARKUP)
+@pytest.mark.parametrize("name", REAL_TOKENIZERS)
 @pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is missing")
-def test_tokens_of_real_models(name: str) -> None:
-    tokenizer = Tokenizer.load(model_directory(name))
-    markup, parser = MARKUP[name]
-    answer = f"<think>\nHm, 漢字 </think>\n\nI do. {markup}"
+def test_tokens_of_real_models(name: str, parser: str) -> None:
+    tokenizer = load(name)
+    shown = "" if parser in ("pythonic", "json") else "I do."
+    answer = f"<think>\nHm, 漢字 </think>\n\n{shown}{MARKUP[parser]}"
     stream = tokenizer.stream(keep=TOOL_PARSERS[parser].special_tokens)
     router = make(is_open=False, tools=parser)
     pieces = [*map(stream.push, tokenizer.encode(answer)), stream.finish()]
-    assert route(router, pieces) == [thought("Hm, 漢字"), text("I do."), *call(0)]
+    assert "".join(pieces) == answer
+    assert route(router, pieces) == [thought("Hm, 漢字"), *([text(shown)] if shown else []), *call(0)]
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", REAL_TOKENIZERS)
 @pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is missing")
 def test_bytes_of_real_tokens(name: str) -> None:
-    tokenizer = Tokenizer.load(model_directory(name))
+    tokenizer = load(name)
     for sample in ("Hello, wörld 漢字 👩‍👧‍👦\n\n\tx", " leading", "नमस्ते"):
         token_ids = tokenizer.encode(sample)
         assert b"".join(map(tokenizer.token_bytes, token_ids)).decode() == tokenizer.decode(token_ids)
