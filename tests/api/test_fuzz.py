@@ -9,14 +9,16 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_engine import fake_model
 from mlx_server.api.body import decode_body
-from mlx_server.api.openai.chat import to_chat_request
+from mlx_server.api.openai.chat_request import to_chat_request
 from mlx_server.api.openai.types import ChatCompletionRequest
 from mlx_server.chat.types import ChatRequest
 from mlx_server.errors import InvalidRequestError
-from mlx_server.sampling_params import SamplingParams
-from mlx_server.wire import Submit
+from mlx_server.wire import EngineInfo, Submit
 
+MODEL = fake_model()
+INFO = EngineInfo(100, 257, 1000, limited_by_memory=False)
 DECODER = msgspec.json.Decoder(ChatCompletionRequest)
 FIELDS = st.sampled_from(ChatCompletionRequest.__struct_fields__)
 PARTS = st.fixed_dictionaries(
@@ -44,7 +46,7 @@ def translate(body: bytes) -> ChatRequest | None:
         decoded = decode_body(
             falcon.testing.create_req(method="POST", body=body), falcon.Response(), DECODER, strict=False
         )
-        return to_chat_request(decoded, SamplingParams(), 64)
+        return to_chat_request(decoded, MODEL, INFO, 64)
     except InvalidRequestError:
         return None
 

@@ -11,7 +11,8 @@ from openai.types.chat import ChatCompletionChunk
 
 from fake_engine import Backend, Post, answer, endless, failing, silent, until
 from mlx_server.api.errors import ClientGoneError
-from mlx_server.api.openai.chat import ChunkEncoder
+from mlx_server.api.openai.chat import ChatWriter
+from mlx_server.api.openai.types import ChatCompletionRequest
 from mlx_server.api.sse import Client, SseBody
 from mlx_server.chat.generation import Generation
 from mlx_server.chat.types import ChatMessage, ChatRequest
@@ -182,7 +183,9 @@ def make_body(
         messages=[ChatMessage(role="user", content="hi")], sampling=SamplingParams(), max_tokens=50, stop=stop or []
     )
     generation = Generation(fake_model(), backend.client, request, timeout_s)
-    return generation, SseBody(generation, ChunkEncoder("m", "f", False), Client(create_req()), [])
+    return generation, SseBody(
+        generation, ChatWriter(ChatCompletionRequest(model="m", messages=[]), "f"), Client(create_req()), []
+    )
 
 
 def test_closing_a_body_that_never_started_cancels(backend: Backend) -> None:

@@ -12,6 +12,7 @@ from mlx_server.api.metrics import Metrics
 from mlx_server.api.middleware import AccessLog, Auth, Cors, HostCheck, RateLimit, RequestId
 from mlx_server.api.models import ModelById, Models
 from mlx_server.api.openai.chat import ChatCompletions
+from mlx_server.api.openai.completions import Completions
 from mlx_server.api.openai.embeddings import Embeddings
 from mlx_server.api.openapi import Docs, OpenApi
 from mlx_server.api.tokenize import ApplyTemplate, Detokenize, Tokenize
@@ -46,6 +47,7 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/v1/models": Models(deps),
         "/v1/models/{name:path}": ModelById(deps),
         "/v1/chat/completions": ChatCompletions(deps),
+        "/v1/completions": Completions(deps),
         "/v1/messages": Messages(deps),
         "/v1/messages/count_tokens": CountTokens(deps),
         "/v1/embeddings": Embeddings(deps),

@@ -8,14 +8,14 @@ import msgspec
 from mlx_server.api.deps import Deps
 from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, Encoder, SseBody, stream, wait_for_events
 from mlx_server.chat.generation import Generation
-from mlx_server.chat.types import ChatRequest, Event
+from mlx_server.chat.types import ChatRequest, CompletionRequest, Event
 
 
 def respond(
     req: falcon.Request,
     resp: falcon.Response,
     deps: Deps,
-    request: ChatRequest,
+    request: ChatRequest | CompletionRequest,
     encoder: Encoder | None,
     fold: Callable[[list[Event]], bytes],
 ) -> None:

@@ -1,10 +1,9 @@
-"""POST /v1/chat/completions: translates between OpenAI's types and the neutral request and events."""
+"""POST /v1/chat/completions: OpenAI's types from and to the neutral request and events."""
 
-import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import falcon
 import msgspec
@@ -12,6 +11,8 @@ import msgspec
 from mlx_server.api.body import decode_body
 from mlx_server.api.deps import Deps
 from mlx_server.api.errors import ErrorReply
+from mlx_server.api.openai.chat_request import to_chat_request
+from mlx_server.api.openai.fields import Progress, to_timings, to_usage
 from mlx_server.api.openai.types import (
     AnswerMessage,
     ChatCompletion,
@@ -19,20 +20,28 @@ from mlx_server.api.openai.types import (
     ChatCompletionRequest,
     Choice,
     ChunkChoice,
-    CompletionTokensDetails,
-    CompletionUsage,
-    Message,
-    PromptTokensDetails,
-    unsupported_fields,
+    Function,
+    Logprobs,
+    ScoredToken,
+    TokenLogprob,
+    ToolCall,
 )
 from mlx_server.api.openapi import Operation
 from mlx_server.api.respond import respond
 from mlx_server.api.sse import frame
-from mlx_server.chat.types import ChatMessage, ChatRequest, Done, Event, Scalar, TextDelta, Usage
-from mlx_server.errors import InvalidRequestError
-from mlx_server.sampling_params import SamplingParams
+from mlx_server.chat import types as chat
+from mlx_server.chat.types import (
+    Done,
+    Event,
+    PromptProgress,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprobs,
+    ToolCallDelta,
+    ToolCallStart,
+    total_usage,
+)
 
-_MAX_STOP_LENGTH = 4096
 _encode = msgspec.json.encode
 
 
@@ -56,147 +65,96 @@ class ChatCompletions:
         deps = self._deps
         body = decode_body(req, resp, self._decoder, strict=deps.strict)
         deps.check_model(body.model)
-        request = to_chat_request(body, deps.model.default_sampling, deps.max_tokens)
-        encoder = None
-        if body.stream:
-            include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            encoder = ChunkEncoder(body.model, deps.fingerprint, include_usage)
-        respond(req, resp, deps, request, encoder, lambda events: _encode(fold(events, body.model, deps.fingerprint)))
+        request = to_chat_request(body, deps.model, deps.engine.info(), deps.max_tokens)
+        writer = ChatWriter(body, deps.fingerprint)
+        respond(req, resp, deps, request, writer if body.stream else None, writer.fold)
 
 
-def to_chat_request(body: ChatCompletionRequest, defaults: SamplingParams, max_tokens: int) -> ChatRequest:
-    """The neutral request. InvalidRequestError for what the types alone can't tell."""
-    for field in unsupported_fields(body):
-        raise InvalidRequestError(f"`{field}` with this value is not supported yet.", param=field, code="unsupported")
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("`stream_options` needs `stream`: true.", param="stream_options")
-    return ChatRequest(
-        messages=[_to_chat_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
-        sampling=_to_sampling(body, defaults),
-        max_tokens=body.max_completion_tokens or body.max_tokens or max_tokens,
-        template_kwargs=_to_template_kwargs(body.chat_template_kwargs or {}),
-        stop=_to_stop(body.stop),
-    )
+class ChatWriter:
+    """One answer, from events: whole (`fold`), or as frames of server-sent events."""
 
-
-def _to_chat_message(message: Message, path: str) -> ChatMessage:
-    for field in unsupported_fields(message):
-        field_path = f"{path}.{field}"
-        raise InvalidRequestError(f"`{field_path}` is not supported yet.", param=field_path, code="unsupported")
-    if message.role == "tool" or message.role == "function":  # noqa: PLR1714 - mypy narrows only this form
-        fault = f"`{path}.role`: messages of role {message.role} are not supported yet."
-        raise InvalidRequestError(fault, param=f"{path}.role", code="unsupported")
-    if message.content is None:
-        raise InvalidRequestError(f"`{path}.content` is missing.", param=f"{path}.content")
-    content = message.content if isinstance(message.content, str) else _to_text(message, f"{path}.content")
-    _refuse_nul(content, f"{path}.content")
-    return ChatMessage(
-        role="system" if message.role == "developer" else message.role, content=content, name=message.name
-    )
-
-
-def _to_text(message: Message, path: str) -> str:
-    """Parts of a message as one text, a line each, as other servers join them."""
-    assert isinstance(message.content, list)
-    texts = []
-    for i, part in enumerate(message.content):
-        text = part.text if part.type == "text" else None
-        if part.type == "refusal" and message.role == "assistant":
-            text = part.refusal
-        elif part.type != "text":
-            fault = f"`{path}[{i}].type`: parts of type {part.type[:64]!r} are not supported; this model reads text."
-            raise InvalidRequestError(fault, param=f"{path}[{i}].type", code="unsupported")
-        if text is None:
-            raise InvalidRequestError(f"`{path}[{i}].{part.type}` is missing.", param=f"{path}[{i}].{part.type}")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _to_sampling(body: ChatCompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    top_k = defaults.top_k if body.top_k is None else max(body.top_k, 0)
-    top_p = defaults.top_p if body.top_p is None else body.top_p
-    if top_p == 0:  # the smallest set of tokens that reaches no probability at all: the likeliest one
-        top_p, top_k = 1.0, 1
-    return SamplingParams(
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=defaults.min_p if body.min_p is None else body.min_p,
-        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
-    )
-
-
-def _to_template_kwargs(kwargs: Mapping[str, Scalar | None]) -> dict[str, Scalar]:
-    """The variables that are given; null is as if it were absent, as everywhere."""
-    for name, value in kwargs.items():
-        if isinstance(value, str):
-            _refuse_nul(value, f"chat_template_kwargs.{name[:64]}")
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def _to_stop(stop: str | list[str] | None) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop or []
-    for i, text in enumerate(stops):
-        path = "stop" if isinstance(stop, str) else f"stop[{i}]"
-        if not 1 <= len(text) <= _MAX_STOP_LENGTH:
-            raise InvalidRequestError(f"`{path}` must have 1 to {_MAX_STOP_LENGTH} characters.", param=path)
-        _refuse_nul(text, path)
-    return stops
-
-
-def _refuse_nul(text: str, path: str) -> None:
-    if "\0" in text:
-        raise InvalidRequestError(f"`{path}` holds a NUL character.", param=path)
-
-
-def fold(events: Iterable[Event], model: str, fingerprint: str) -> ChatCompletion:
-    """The answer that is not streamed. The last event is `Done`."""
-    texts: list[str] = []
-    done: Done | None = None
-    for event in events:
-        match event:
-            case TextDelta():
-                texts.append(event.text)
-            case Done():
-                done = event
-    assert done is not None
-    choice = Choice(message=AnswerMessage(content="".join(texts)), finish_reason=done.finish_reason)
-    return ChatCompletion(
-        id=_new_id(),
-        created=int(time.time()),
-        model=model,
-        choices=[choice],
-        usage=_to_usage(done.usage),
-        system_fingerprint=fingerprint,
-    )
-
-
-class ChunkEncoder:
-    """The streamed answer, as frames of server-sent events."""
-
-    def __init__(self, model: str, fingerprint: str, include_usage: bool) -> None:
-        self._usage: CompletionUsage | None = None
-        self._include_usage = include_usage
+    def __init__(self, body: ChatCompletionRequest, fingerprint: str) -> None:
+        self._n = body.n or 1
+        self._has_logprobs = body.logprobs is True
+        self._include_usage = body.stream_options is not None and body.stream_options.include_usage is True
+        self._dones: list[Done] = []
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model, self._fingerprint = body.model, fingerprint
         # With usage asked for, it is null on all chunks but the last.
         self._template = ChatCompletionChunk(
-            id=_new_id(),
-            created=int(time.time()),
-            model=model,
+            id=self._id,
+            created=self._created,
+            model=self._model,
             choices=[],
             system_fingerprint=fingerprint,
-            usage=None if include_usage else msgspec.UNSET,
+            usage=None if self._include_usage else msgspec.UNSET,
         )
 
+    def fold(self, events: Iterable[Event]) -> bytes:
+        """The answer that is not streamed. Each choice's last event is `Done`."""
+        by_choice: list[list[Event]] = [[] for _ in range(self._n)]
+        for event in events:
+            by_choice[event.index].append(event)
+        choices = [self._choice(i, its_events) for i, its_events in enumerate(by_choice)]
+        first = self._dones[0]
+        return _encode(
+            ChatCompletion(
+                id=self._id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=to_usage(total_usage(self._dones, self._n)),
+                system_fingerprint=self._fingerprint,
+                timings=msgspec.UNSET if first.timings is None else to_timings(first.usage, first.timings),
+            )
+        )
+
+    def _choice(self, index: int, events: Iterable[Event]) -> Choice:
+        text, thoughts = "", ""
+        calls: list[ToolCall] = []
+        logprobs: list[TokenLogprob] = []
+        finish_reason: chat.FinishReason = "stop"
+        for event in events:
+            match event:
+                case TextDelta():
+                    text += event.text
+                    logprobs += _to_logprobs(event.logprobs or [])
+                case ReasoningDelta():
+                    thoughts += event.text
+                case ToolCallStart():
+                    calls.append(ToolCall(id=event.id, function=Function(event.name, "")))
+                case ToolCallDelta():
+                    calls[-1].function.arguments += event.arguments
+                case Done():
+                    finish_reason = event.finish_reason
+                    self._dones.append(event)
+        message = AnswerMessage(
+            content=text if text or not calls else None,
+            reasoning_content=thoughts or msgspec.UNSET,
+            tool_calls=calls or msgspec.UNSET,
+        )
+        return Choice(
+            index=index,
+            message=message,
+            logprobs=Logprobs(logprobs) if self._has_logprobs else None,
+            finish_reason=finish_reason,
+        )
+
+    # --- Frames ---
+
     def start(self) -> bytes:
-        return self._chunk(ChunkChoice(delta={"role": "assistant", "content": "", "refusal": None}))
+        roles = {"role": "assistant", "content": "", "refusal": None}
+        return b"".join([self._chunk(ChunkChoice(index=i, delta=roles)) for i in range(self._n)])
 
     def events(self, events: Sequence[Event]) -> bytes:
-        return b"".join(map(self._event, events))
+        return b"".join(map(self._frame, events))
 
     def end(self) -> bytes:
         usage = b""
         if self._include_usage:
-            usage = frame(_encode(msgspec.structs.replace(self._template, usage=self._usage)))
+            total = to_usage(total_usage(self._dones, self._n))
+            usage = frame(_encode(msgspec.structs.replace(self._template, usage=total)))
         return usage + frame(b"[DONE]")
 
     def keep_alive(self) -> bytes:
@@ -205,28 +163,51 @@ class ChunkEncoder:
     def error(self, reply: ErrorReply) -> bytes:
         return frame(reply.body())
 
-    def _event(self, event: Event) -> bytes:
+    def _frame(self, event: Event) -> bytes:
+        delta: dict[str, Any] = {}
         match event:
             case TextDelta():
-                return self._chunk(ChunkChoice(delta={"content": event.text}))
+                logprobs = Logprobs(_to_logprobs(event.logprobs or [])) if self._has_logprobs else None
+                choice = ChunkChoice(index=event.index, delta={"content": event.text}, logprobs=logprobs)
+                return self._chunk(choice)
+            case ReasoningDelta():
+                delta = {"reasoning_content": event.text}
+            case ToolCallStart():
+                function = {"name": event.name, "arguments": ""}
+                head = {"index": event.call_index, "id": event.id, "type": "function", "function": function}
+                delta = {"tool_calls": [head]}
+            case ToolCallDelta():
+                delta = {"tool_calls": [{"index": event.call_index, "function": {"arguments": event.arguments}}]}
+            case PromptProgress():
+                return self._progress(event)
             case Done():
-                self._usage = _to_usage(event.usage)
-                return self._chunk(ChunkChoice(delta={}, finish_reason=event.finish_reason))
-        raise NotImplementedError(event)
+                return self._finish(event)
+        return self._chunk(ChunkChoice(index=event.index, delta=delta))
+
+    def _progress(self, event: PromptProgress) -> bytes:
+        progress = Progress(
+            event.num_prompt_tokens, event.num_cached_tokens, event.num_computed_tokens, 1e3 * event.elapsed_s
+        )
+        choices = [ChunkChoice(index=event.index, delta={})]
+        return frame(_encode(msgspec.structs.replace(self._template, choices=choices, prompt_progress=progress)))
+
+    def _finish(self, done: Done) -> bytes:
+        self._dones.append(done)
+        choices = [ChunkChoice(index=done.index, delta={}, finish_reason=done.finish_reason)]
+        timings = msgspec.UNSET if done.timings is None else to_timings(done.usage, done.timings)
+        return frame(_encode(msgspec.structs.replace(self._template, choices=choices, timings=timings)))
 
     def _chunk(self, choice: ChunkChoice) -> bytes:
         return frame(_encode(msgspec.structs.replace(self._template, choices=[choice])))
 
 
-def _to_usage(usage: Usage) -> CompletionUsage:
-    return CompletionUsage(
-        prompt_tokens=usage.num_prompt_tokens,
-        completion_tokens=usage.num_output_tokens,
-        total_tokens=usage.num_prompt_tokens + usage.num_output_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.num_cached_tokens),
-        completion_tokens_details=CompletionTokensDetails(),
-    )
-
-
-def _new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def _to_logprobs(logprobs: Iterable[TokenLogprobs]) -> list[TokenLogprob]:
+    return [
+        TokenLogprob(
+            scored.token.text,
+            scored.token.logprob,
+            list(scored.token.utf8),
+            [ScoredToken(top.text, top.logprob, list(top.utf8)) for top in scored.top],
+        )
+        for scored in logprobs
+    ]

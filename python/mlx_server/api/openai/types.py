@@ -3,12 +3,15 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Struct
 
-from mlx_server.chat.types import Scalar
+from mlx_server.api.openai.fields import AnswerTimings, CompletionUsage, GenerationFields, Natural, Positive, Progress
+from mlx_server.chat.types import Effort, Scalar
 
-_ABSENT: Any = field(default_factory=lambda: Raw(b"null"))  # a plain default can't be shown in a JSON Schema
-_INT64_MAX = 2**63 - 1
+_Name = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+# --- The request ---
 
 
 class Part(Struct):
@@ -17,146 +20,146 @@ class Part(Struct):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    video_url: Any = None
+    cache_control: Any = None
+
+
+class CalledFunction(Struct):
+    name: _Name
+    arguments: str = ""  # JSON text
+
+
+class MessageToolCall(Struct):
+    id: str
+    function: CalledFunction | None = None
+    type: str | None = None
+    index: int | None = None
 
 
 class Message(Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: Raw = _ABSENT
-    function_call: Raw = _ABSENT
-    audio: Raw = _ABSENT
+    tool_calls: Annotated[list[MessageToolCall], Meta(max_length=1024)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None  # extension: what the assistant thought
+    reasoning: str | None = None  # the same under another name
+    refusal: str | None = None
+    audio: Any = None
+    function_call: Any = None
+    annotations: Any = None
 
 
-class StreamOptions(Struct):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # accepted: padding that hides sizes, which this server does not send
+class FunctionTool(Struct):
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
-class ChatCompletionRequest(Struct):
-    """The request body. Null means absent everywhere; fields that are not listed are ignored, as OpenAI does.
+class ToolDefinition(Struct):
+    type: str
+    function: FunctionTool | None = None
 
-    Accepted without effect: user, metadata, store, service_tier, prompt_cache_key, safety_identifier, verbosity,
-    prediction, parallel_tool_calls. `unsupported_fields` tells what the fields of type Raw may hold.
-    """
 
-    model: str
+class FunctionName(Struct):
+    name: _Name
+
+
+class ToolReference(Struct):
+    type: str
+    function: FunctionName | None = None
+
+
+class AllowedTools(Struct):
+    mode: Literal["auto", "required"]
+    tools: list[ToolReference]
+
+
+class ToolChoiceObject(Struct):
+    type: Literal["function", "allowed_tools"]
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class ChatCompletionRequest(GenerationFields, kw_only=True):
+    """The request body. Fields that are not listed are ignored, as OpenAI does, and named in a header."""
+
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=_INT64_MAX)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=_INT64_MAX)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # extension, as vLLM's: -1 and 0 keep all
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # extension, as vLLM's
-    seed: Annotated[int, Meta(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
-    stop: str | Annotated[list[str], Meta(max_length=64)] | None = None
-    # Extension, as vLLM's: variables of the model's chat template; names that it does not read are refused.
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None  # wins
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: Annotated[list[ToolDefinition], Meta(max_length=1024)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoiceObject | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    modalities: list[str] | None = None
+
+    # Extensions of local servers
     chat_template_kwargs: Annotated[dict[str, Scalar | None], Meta(max_length=64)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    thinking_token_budget: Natural | None = None
 
-    n: Raw = _ABSENT
-    tools: Raw = _ABSENT
-    tool_choice: Raw = _ABSENT
-    functions: Raw = _ABSENT
-    function_call: Raw = _ABSENT
-    response_format: Raw = _ABSENT
-    logprobs: Raw = _ABSENT
-    top_logprobs: Raw = _ABSENT
-    logit_bias: Raw = _ABSENT
-    frequency_penalty: Raw = _ABSENT
-    presence_penalty: Raw = _ABSENT
-    repetition_penalty: Raw = _ABSENT
-    reasoning_effort: Raw = _ABSENT
-    modalities: Raw = _ABSENT
-    audio: Raw = _ABSENT
-    web_search_options: Raw = _ABSENT
-    stop_token_ids: Raw = _ABSENT
-    min_tokens: Raw = _ABSENT
-    ignore_eos: Raw = _ABSENT
-    add_generation_prompt: Raw = _ABSENT
-    continue_final_message: Raw = _ABSENT
-    return_token_ids: Raw = _ABSENT
+    # Refused, unless they ask for nothing
+    functions: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    return_token_ids: bool | None = None
 
 
-# Values that ask for nothing, beside null, as compact JSON. With any other value the field would have to change the
-# answer, which it can't in this version.
-_NO_EFFECT: dict[str, tuple[bytes, ...]] = {
-    "n": (b"1",),
-    "tools": (b"[]",),
-    "tool_choice": (b'"none"', b'"auto"'),
-    "tool_calls": (b"[]",),
-    "functions": (b"[]",),
-    "function_call": (b'"none"', b'"auto"'),
-    "response_format": (b'{"type":"text"}',),
-    "logprobs": (b"false",),
-    "top_logprobs": (b"0",),
-    "logit_bias": (b"{}",),
-    "frequency_penalty": (b"0", b"0.0", b"-0.0"),
-    "presence_penalty": (b"0", b"0.0", b"-0.0"),
-    "repetition_penalty": (b"1", b"1.0"),
-    "reasoning_effort": (b'"none"',),
-    "modalities": (b'["text"]',),
-    "stop_token_ids": (b"[]",),
-    "min_tokens": (b"0",),
-    "ignore_eos": (b"false",),
-    "add_generation_prompt": (b"true",),
-    "continue_final_message": (b"false",),
-    "return_token_ids": (b"false",),
-}
-_MAX_NO_EFFECT_BYTES = 256  # with any white space
+# --- The answer ---
 
 
-def unsupported_fields(struct: Struct) -> list[str]:
-    """Names of the fields of `struct` that ask for what this version can't do."""
-    return [
-        field
-        for field in struct.__struct_fields__
-        if isinstance(value := getattr(struct, field), Raw) and not _has_no_effect(field, value)
-    ]
+class ScoredToken(Struct):
+    token: str
+    logprob: float  # >= -9999: JSON has no infinity
+    bytes: list[int]
 
 
-def _has_no_effect(field: str, value: Raw) -> bool:
-    if len(value_bytes := bytes(value)) > _MAX_NO_EFFECT_BYTES:
-        return False
-    compact = msgspec.json.format(value_bytes, indent=-1)
-    return compact == b"null" or compact in _NO_EFFECT.get(field, ())
+class TokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ScoredToken]
 
 
-class PromptTokensDetails(Struct):
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-    audio_tokens: int = 0
+class Logprobs(Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
-class CompletionTokensDetails(Struct):
-    reasoning_tokens: int = 0
-    audio_tokens: int = 0
-    accepted_prediction_tokens: int = 0
-    rejected_prediction_tokens: int = 0
+class Function(Struct):
+    name: str
+    arguments: str
 
 
-class CompletionUsage(Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
-
-
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+class ToolCall(Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
 
 
 class AnswerMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: str | None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class Choice(Struct, kw_only=True):
-    index: int = 0
+    index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: Logprobs | None
     finish_reason: FinishReason
 
 
@@ -169,12 +172,13 @@ class ChatCompletion(Struct, kw_only=True):
     usage: CompletionUsage
     system_fingerprint: str
     service_tier: str = "default"
+    timings: AnswerTimings | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
-    index: int = 0
+    index: int
     delta: dict[str, Any]
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -187,3 +191,5 @@ class ChatCompletionChunk(Struct, kw_only=True):
     system_fingerprint: str
     service_tier: str = "default"
     usage: CompletionUsage | msgspec.UnsetType | None = msgspec.UNSET  # UNSET: the client did not ask for it
+    timings: AnswerTimings | msgspec.UnsetType = msgspec.UNSET  # on a choice's last chunk
+    prompt_progress: Progress | msgspec.UnsetType = msgspec.UNSET
