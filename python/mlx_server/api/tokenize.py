@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from mlx_server.api.body import decode_body
 from mlx_server.api.deps import Deps
-from mlx_server.api.openai.chat import to_chat_request
+from mlx_server.api.openai.chat_request import to_chat_request
 from mlx_server.api.openai.types import ChatCompletionRequest, Message
 from mlx_server.api.openapi import Operation
 from mlx_server.chat.prompt import check_size, check_token_ids, render_chat
@@ -177,7 +177,7 @@ class ApplyTemplate:
 
 
 def _render(deps: Deps, body: ChatCompletionRequest) -> str:
-    return render_chat(deps.model, to_chat_request(body, deps.model.default_sampling, deps.max_tokens)).text
+    return render_chat(deps.model, to_chat_request(body, deps.model, deps.engine.info(), deps.max_tokens)).text
 
 
 def _piece(utf8: bytes) -> str | list[int]:
