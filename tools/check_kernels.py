@@ -23,6 +23,7 @@ using uint = unsigned int;
 using ushort = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
+using uint64_t = unsigned long;
 using uint8_t = unsigned char;
 using int8_t = signed char;
 using float16_t = _Float16;
@@ -60,10 +61,16 @@ struct simdgroup_matrix {
 };
 template <typename M>
 void simdgroup_multiply_accumulate(M&, M&, M&, M&);
-template <typename To>
-To as_type(int bits) {
+template <typename To, typename From>
+To as_type(From bits) {
   return __builtin_bit_cast(To, bits);
 }
+enum atomic_uint : uint {};  // a class can't be made in another address space
+enum memory_order { memory_order_relaxed };
+uint atomic_fetch_add_explicit(threadgroup atomic_uint*, uint, memory_order);
+uint atomic_fetch_max_explicit(threadgroup atomic_uint*, uint, memory_order);
+uint atomic_load_explicit(threadgroup atomic_uint*, memory_order);
+void atomic_store_explicit(threadgroup atomic_uint*, uint, memory_order);
 """
 # A variable of a function can't lie in another address space for clang, a static one can.
 SHARED = "#undef SHARED\n#define SHARED static threadgroup\n"

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
@@ -175,6 +176,11 @@ void host_load(float* to, const T* from) {
   }
 }
 
+inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x) {
+  for (std::uint32_t seen = counter; seen < x && !counter.compare_exchange_weak(seen, x);) {
+  }
+}
+
 }  // namespace mlx_server
 
 #define THREAD (mlx_server::HostThread::current().index)
@@ -197,6 +203,12 @@ void host_load(float* to, const T* from) {
 #define RSQRT(x) (1 / std::sqrt(x))
 #define TANH(x) std::tanh(x)
 #define AS_FLOAT(bits) std::bit_cast<float>(bits)
+#define AS_INT(x) std::bit_cast<int>(x)
+#define COUNTER std::atomic<std::uint32_t>
+#define ATOMIC_ADD(counter, x) (counter).fetch_add(static_cast<std::uint32_t>(x), std::memory_order_relaxed)
+#define ATOMIC_MAX(counter, x) mlx_server::host_atomic_max(counter, static_cast<std::uint32_t>(x))
+#define ATOMIC_READ(counter) (counter).load(std::memory_order_relaxed)
+#define ATOMIC_WRITE(counter, x) (counter).store(static_cast<std::uint32_t>(x), std::memory_order_relaxed)
 #define ABS(x) std::abs(x)
 #define MAX(a, b) std::max(a, b)
 #define MIN(a, b) std::min(a, b)

@@ -114,10 +114,11 @@ void check_sample(const SampleInputs& in) {
 Sampled sample(const SampleInputs& in, mx::StreamOrDevice s) {
   check_sample(in);
   const mx::Stream stream = mx::to_stream(s);
-  if (stream.device != mx::Device::cpu) {
-    return sample_fallback(in, s);
-  }
   const int batch_size = in.logits.shape(0);
+  if (stream.device != mx::Device::cpu) {
+    const bool has_kernel = batch_size > 0 && in.logits.shape(1) < kMaxGpuVocab;
+    return has_kernel ? sample_gpu(in, stream) : sample_fallback(in, s);
+  }
   const auto outputs = mx::array::make_arrays(
       {{batch_size}, {batch_size}, {batch_size, kMaxTopLogprobs}, {batch_size, kMaxTopLogprobs}},
       {mx::uint32, mx::float32, mx::uint32, mx::float32}, std::make_shared<SamplePrimitive>(stream),

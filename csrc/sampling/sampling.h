@@ -61,6 +61,10 @@ Sampled sample(const SampleInputs& in, mlx::core::StreamOrDevice s = {});
 // Throws std::invalid_argument if a shape or dtype does not fit.
 void check_sample(const SampleInputs& in);
 
+// The kernels for GPUs, V < kMaxGpuVocab. s is a GPU stream; the arguments have been checked.
+inline constexpr int kMaxGpuVocab = 1 << 19;
+Sampled sample_gpu(const SampleInputs& in, mlx::core::Stream s);
+
 // The specification: the same from MLX's own ops, on any device. Slow.
 Sampled sample_fallback(const SampleInputs& in, mlx::core::StreamOrDevice s = {});
 

@@ -19,22 +19,34 @@ OPS = pytest.mark.parametrize("op", [sample, sample_fallback], ids=["op", "fallb
 LISTED = ("bias", "allowed", "history", "num_output", "penalty_window", "dry_window", "breakers")  # not in ROW_DTYPE
 
 
+class Shared:
+    """A flat array in which rows with equal parts share them."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self._ranges: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    def add(self, part: tuple[Any, ...]) -> tuple[int, int]:
+        if part not in self._ranges:
+            self._ranges[part] = (len(self.items), len(self.items) + len(part))
+            self.items += part
+        return self._ranges[part]
+
+
 def pack(params: Sequence[Params], vocab_size: int) -> tuple[NDArray[Any], SampleTables]:
     """Rows and tables as the op wants them."""
     columns = {f.name: [getattr(row, f.name) for row in params] for f in fields(Params) if f.name not in LISTED}
     rows = make_rows(len(params), **columns)
     masks: list[NDArray[np.uint32]] = []
-    bias_ids, bias_values, history, breakers = list[int](), list[float](), list[int](), list[int]()
+    history, breakers, bias = Shared(), Shared(), Shared()
     for row, p in zip(rows, params, strict=True):
-        row["bias_begin"], row["breakers_begin"] = len(bias_ids), len(breakers)
-        bias_ids += p.bias.keys()
-        bias_values += p.bias.values()
-        breakers += p.breakers
-        history += p.history
-        row["bias_end"], row["breakers_end"], row["history_end"] = len(bias_ids), len(breakers), len(history)
-        row["repetition_begin"] = len(history) - len(p.newest(p.penalty_window))
-        row["output_begin"] = len(history) - len(p.output())
-        row["dry_begin"] = len(history) - len(p.newest(p.dry_window))
+        row["bias_begin"], row["bias_end"] = bias.add(tuple(p.bias.items()))
+        row["breakers_begin"], row["breakers_end"] = breakers.add(p.breakers)
+        _, end = history.add(p.history)
+        row["history_end"] = end
+        row["repetition_begin"] = end - len(p.newest(p.penalty_window))
+        row["output_begin"] = end - len(p.output())
+        row["dry_begin"] = end - len(p.newest(p.dry_window))
         if p.allowed is not None:
             row["mask_row"] = len(masks)
             bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
@@ -42,10 +54,10 @@ def pack(params: Sequence[Params], vocab_size: int) -> tuple[NDArray[Any], Sampl
             masks.append(np.packbits(bits, bitorder="little").view(np.uint32))
     tables = SampleTables(
         masks=mx.array(np.stack(masks)) if masks else None,
-        bias_ids=mx.array(np.array(bias_ids, np.int32)),
-        bias_values=mx.array(np.array(bias_values, np.float32)),
-        history=mx.array(np.array(history, np.int32)),
-        breakers=mx.array(np.array(breakers, np.int32)),
+        bias_ids=mx.array(np.array([token for token, _ in bias.items], np.int32)),
+        bias_values=mx.array(np.array([value for _, value in bias.items], np.float32)),
+        history=mx.array(np.array(history.items, np.int32)),
+        breakers=mx.array(np.array(breakers.items, np.int32)),
     )
     return rows, tables
 
