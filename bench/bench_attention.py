@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, pool_arrays, write_kv
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # H, Hk, D
 BLOCK_SIZE = 16
@@ -34,10 +34,15 @@ def gather_and_sdpa(q, pool, tables, lens, scale):
     return mx.concatenate(outputs)
 
 
-@pytest.mark.parametrize("peer", [False, True], ids=["mlx-server", "gather and SDPA"])
+def in_eight_bits(pool):
+    keys, values = pool.keys.flatten(0, 1), pool.values.flatten(0, 1)  # [N * block_size, Hk, D]
+    return write_kv(new_kv_pool(pool.keys.shape, pool.keys.dtype, bits=8), keys, values, mx.arange(len(keys)))
+
+
+@pytest.mark.parametrize("form", ["mlx-server", "mlx-server, 8 bits", "gather and SDPA"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("batch", BATCHES)
-def bench_attention(benchmark, batch, heads, peer):
+def bench_attention(benchmark, batch, heads, form):
     num_heads, num_kv_heads, head_dim = HEADS[heads]
     dtype = mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16
     lens = BATCHES[batch]
@@ -47,13 +52,15 @@ def bench_attention(benchmark, batch, heads, peer):
     shape = (tables.size, BLOCK_SIZE, num_kv_heads, head_dim)
     pool = KVPool(mx.random.normal(shape).astype(dtype), mx.random.normal(shape).astype(dtype))
     q = mx.random.normal((sum(query_len for query_len, _ in lens), num_heads, head_dim)).astype(dtype)
-    mx.eval(q, pool.keys, pool.values, tables)
+    if form == "mlx-server, 8 bits":
+        pool = in_eight_bits(pool)
+    mx.eval(q, pool_arrays(pool), tables)
 
     def run():
         x = q
         rows = AttentionBatch(tables, *(list(lengths) for lengths in zip(*lens, strict=True)))
         for _ in range(LAYERS):
-            if peer:
+            if form == "gather and SDPA":
                 x = gather_and_sdpa(x, pool, tables, lens, head_dim**-0.5)
             else:
                 x = paged_attention(x, pool, rows, scale=head_dim**-0.5)

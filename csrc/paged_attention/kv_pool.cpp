@@ -4,13 +4,16 @@
 #include <memory>
 
 #include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 #include <mlx/primitives.h>
 
 #include "common/op_error.h"
+#include "common/row_contiguous.h"
 #include "common/write_rows.h"
 #include "kernel_sources.h"
 #include "kernels/launch.h"
+#include "paged_attention/paged_attention_cpu.h"
 
 namespace mlx_server {
 
@@ -32,6 +35,29 @@ class UnwrittenPrimitive : public mx::UnaryPrimitive {
   DEFINE_NAME(Unwritten)
 };
 
+// x float32 [T, Hk, D] -> integers int8 [T, Hk, D], scales float32 [T, Hk]
+class QuantizePrimitive : public mx::Primitive {
+ public:
+  using Primitive::Primitive;
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const mx::array x = row_contiguous(inputs[0], stream());
+    for (mx::array& out : outputs) {
+      out.set_data(mx::allocator::malloc(out.nbytes()));
+    }
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [from = x.data<float>(), num_rows = outputs[1].size(), head_dim = x.shape(2),
+         integers = outputs[0].data<std::int8_t>(),
+         scales = outputs[1].data<float>()] { quantize_rows(from, num_rows, head_dim, integers, scales); });
+  }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    op_error("write_kv", "the primitive must run on a CPU stream but got a GPU stream");
+  }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+
+  DEFINE_NAME(QuantizeKV)
+};
+
 mx::array new_array(const mx::Shape& shape, mx::Dtype dtype, mx::Stream s) {
   if (s.device != mx::Device::cpu) {
     return mx::zeros(shape, dtype, s);
@@ -50,27 +76,21 @@ struct Quantized {
   mx::array scales;  // float32 [T, Hk]
 };
 
-// As kv_quantize.kernel.
-Quantized quantize_fallback(const mx::array& x, mx::Stream s) {
-  const mx::array zero(0.0f), half(0.5f), most(127.0f), floats = mx::astype(x, mx::float32, s);
-  const auto max = mx::max(mx::abs(floats, s), -1, /*keepdims=*/true, s);
-  const auto factor = mx::where(mx::greater(max, zero, s), mx::divide(most, max, s), zero, s);
-  const auto scaled = mx::multiply(floats, factor, s);
-  const auto away = mx::where(mx::less(scaled, zero, s), mx::subtract(scaled, half, s), mx::add(scaled, half, s), s);
-  return {mx::astype(away, mx::int8, s), mx::squeeze(mx::divide(max, most, s), -1, s)};
-}
-
+// kv_quantize.kernel says what is computed.
 Quantized quantize(const mx::array& x, mx::Stream s) {
-  if (s.device != mx::Device::gpu || x.size() == 0) {
-    return quantize_fallback(x, s);
+  const std::vector<mx::Shape> shapes{x.shape(), {x.shape(0), x.shape(1)}};
+  const std::vector<mx::Dtype> dtypes{mx::int8, mx::float32};
+  if (s.device == mx::Device::cpu) {
+    const auto outputs =
+        mx::array::make_arrays(shapes, dtypes, std::make_shared<QuantizePrimitive>(s), {mx::astype(x, mx::float32, s)});
+    return {outputs[0], outputs[1]};
   }
-  const int num_heads = x.shape(0) * x.shape(1);
   const auto outputs = launch(kernel_sources::kv_quantize,
                               {.inputs = {x},
-                               .output_shapes = {x.shape(), {x.shape(0), x.shape(1)}},
-                               .output_dtypes = {mx::int8, mx::float32},
+                               .output_shapes = shapes,
+                               .output_dtypes = dtypes,
                                .constants = {{"T", x.dtype()}, {"HEAD_DIM", x.shape(2)}},
-                               .groups = {num_heads, 1, 1},
+                               .groups = {x.shape(0) * x.shape(1), 1, 1},
                                .threads = 32},
                               s);
   return {outputs[0], outputs[1]};

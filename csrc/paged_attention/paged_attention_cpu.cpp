@@ -160,7 +160,32 @@ class SplitTiles {
   std::vector<float> acc_;
 };
 
+// A multiple of 0, NaN if an element is not finite.
+float poison(const float* x, std::size_t size) {
+  float sum = 0;
+  for (std::size_t i = 0; i < size; ++i) {
+    sum += x[i] * 0;
+  }
+  return sum;
+}
+
 }  // namespace
+
+void quantize_rows(const float* x, std::size_t num_rows, std::size_t head_dim, std::int8_t* integers, float* scales) {
+  for (std::size_t row = 0; row < num_rows; ++row, x += head_dim, integers += head_dim) {
+    float max = 0;
+    for (std::size_t i = 0; i < head_dim; ++i) {
+      max = std::max(max, std::abs(x[i]));
+    }
+    const float zero = poison(x, head_dim);
+    scales[row] = max / 127 + zero;
+    const float factor = max > 0 ? 127 / max : 0;
+    for (std::size_t i = 0; i < head_dim; ++i) {
+      const float scaled = zero == 0 ? x[i] * factor : 0;
+      integers[i] = static_cast<std::int8_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    }
+  }
+}
 
 std::span<const AttentionKernel* const> attention_kernels() {
 #if defined(__x86_64__)

@@ -15,8 +15,6 @@ namespace mlx_server {
 
 namespace {
 
-using SmallInts = std::int8_t __attribute__((vector_size(kLanes)));
-
 constexpr int kVector = static_cast<int>(kLanes);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -28,16 +26,15 @@ struct Chunk {
 };
 
 // A row of `rows`, made of integers in `scratch` if it is not there as floats.
-inline const float* float_row(const CachedRows& rows, std::ptrdiff_t row, int head_dim, float* scratch) {
+inline const float* float_row(const CachedRows& rows, std::ptrdiff_t row, int head_dim, float* __restrict scratch) {
   if (rows.floats != nullptr) {
     return rows.floats + row * head_dim;
   }
   const std::int8_t* integers = rows.integers + row * head_dim;
-  for (int d = 0; d < head_dim; d += kVector) {
-    SmallInts x;
-    load(x, integers + d);
-    const Floats floats = __builtin_convertvector(x, Floats) * rows.scales[row];
-    store(scratch + d, floats);
+  const float scale = rows.scales[row];
+  // A plain loop: GCC converts vectors of 8 bytes element by element.
+  for (int d = 0; d < head_dim; ++d) {
+    scratch[d] = static_cast<float>(integers[d]) * scale;
   }
   return scratch;
 }

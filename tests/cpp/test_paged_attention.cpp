@@ -170,6 +170,21 @@ TEST(integers_with_scales) {
   }
 }
 
+TEST(integers_are_the_nearest) {
+  std::mt19937 rng(3);
+  constexpr std::size_t kHeadDim = 40;
+  std::vector<float> x = normal(4 * kHeadDim, rng), scales(4);
+  std::vector<std::int8_t> integers(x.size());
+  std::fill_n(x.begin(), kHeadDim, 0.0f);
+  x[kHeadDim] = NAN;
+  x[2 * kHeadDim] = -INFINITY;
+  quantize_rows(x.data(), 4, kHeadDim, integers.data(), scales.data());
+  CHECK(scales[0] == 0 && std::isnan(scales[1]) && std::isnan(scales[2]));
+  for (std::size_t i = 3 * kHeadDim; i < x.size(); ++i) {
+    CHECK_NEAR(static_cast<float>(integers[i]) * scales[3], x[i], 0.501 * scales[3]);
+  }
+}
+
 TEST(nan_is_not_hidden) {
   ThreadPool pool(1);
   for (const AttentionKernel* kernel : attention_kernels()) {
