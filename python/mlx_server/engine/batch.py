@@ -5,6 +5,7 @@ All tokens of all requests lie on one axis T, request after request: no padding,
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +20,34 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """The part of one request that a step computes: positions [start_pos, end_pos)."""
+    """The part of one request that a step computes: positions [start_pos, end_pos), the last of them those of drafts.
+
+    Where it samples, a token is drawn after the newest token and after each draft.
+    """
 
     request: Request
     start_pos: int
     end_pos: int
     samples: bool  # the range ends at the request's newest token, so the next one is drawn
     restore_from: int | None = None  # slot whose recurrent states the request's own are to be before the step
-    save_to: int | None = None  # slot that is to hold the request's recurrent states after the step
+    keep_to: int | None = None  # slot that is to hold the request's recurrent states as they are before the step
+    save_to: int | None = None  # and as they are after it
+    draft_token_ids: tuple[int, ...] = ()  # guesses of the tokens that come next
+    is_decode: bool = False  # nothing older than the newest token, but for what drafts have spoilt
 
     @property
     def num_tokens(self) -> int:
         return self.end_pos - self.start_pos
+
+    @property
+    def num_draws(self) -> int:
+        """How many tokens it gives."""
+        return 1 + len(self.draft_token_ids) if self.samples else 0
+
+    @property
+    def certain_end_pos(self) -> int:
+        """Where its drafts begin."""
+        return self.end_pos - len(self.draft_token_ids)
 
     @property
     def num_scored(self) -> int:
@@ -44,11 +61,6 @@ class BatchRow:
     def is_prompt(self) -> bool:
         """Some of it is part of the prompt."""
         return self.start_pos < len(self.request.prompt_token_ids)
-
-    @property
-    def is_decode(self) -> bool:
-        """The request's newest token alone."""
-        return self.samples and self.num_tokens == 1 and self.start_pos > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,14 @@ class Batch:
         return sum(row.is_decode for row in self.rows)
 
     @property
+    def num_drafts(self) -> int:
+        return sum(len(row.draft_token_ids) for row in self.rows)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows if not row.is_decode)
+
+    @property
     def sampling_rows(self) -> list[BatchRow]:
         """The rows whose tokens the step gives, in order."""
         return [row for row in self.rows if row.samples]
@@ -74,8 +94,8 @@ class StepResult:
     """A batch that has been computed."""
 
     batch: Batch
-    token_ids: list[int]  # drawn for each of its sampling rows
-    logprobs: list[TokenLogprobs | None]  # of each of them, if its request asks for it
+    token_ids: list[list[int]]  # drawn for each of its sampling rows: 1 + drafts
+    logprobs: list[list[TokenLogprobs] | None]  # of each of them, if its request asks for it
     prompt_logprobs: list[list[TokenLogprobs]]  # for each row, of the prompt tokens that it has scored
     pooled: dict[Request, Vector] = field(
         default_factory=dict
@@ -98,7 +118,7 @@ class SlotCopies:
 
 @dataclass(frozen=True, slots=True)
 class BatchArrays:
-    """A batch as arrays: B rows, T tokens, R sampling rows, M blocks of the longest row."""
+    """A batch as arrays: B rows, T tokens, R draws, M blocks of the longest row."""
 
     token_ids: Ints  # [T]; 0 where the token is still in flight
     token_sources: Ints  # [T] index into concat(token_ids, tokens of the step before)
@@ -111,6 +131,7 @@ class BatchArrays:
     slots: Ints  # [B] of the recurrent states
     fresh: list[bool]  # B: the request's first tokens, its states begin as zeros
     restored: SlotCopies  # recurrent states to copy before the step
+    kept: SlotCopies  # and then, still before it
     saved: SlotCopies  # and after it
     sampled: Ints  # [R] index on T of the token after which the next one is drawn
     sampling: SamplingArrays  # of R draws
@@ -123,7 +144,7 @@ class BatchArrays:
         """`previous` is the step before, whose tokens may still be in flight."""
         rows = batch.rows
         total = batch.num_tokens
-        previous_index = {row.request: i for i, row in enumerate(previous.sampling_rows)} if previous else {}
+        previous_index = _first_draws(previous) if previous else {}
         token_ids = np.zeros(total, np.int32)
         token_sources = np.arange(total, dtype=np.int32)
         start = 0
@@ -132,12 +153,14 @@ class BatchArrays:
             source = None
             known = row.request.known_tokens(row.start_pos, row.end_pos)
             token_ids[start : start + len(known)] = known
-            if len(known) < row.num_tokens:  # at most one: the newest
+            if row.draft_token_ids:
+                token_ids[start + len(known) : start + row.num_tokens] = row.draft_token_ids
+            elif len(known) < row.num_tokens:  # at most one: the newest
                 source = previous_index[row.request]
                 token_sources[start + len(known)] = total + source
             start += row.num_tokens
             if row.samples:
-                draws.append(Draw(row.request.sampling_state, row.end_pos, source))
+                draws.append(Draw(row.request.sampling_state, row.certain_end_pos, source, row.draft_token_ids))
 
         positions = np.concatenate([np.arange(row.start_pos, row.end_pos, dtype=np.int32) for row in rows])
         block_tables = _pad([row.request.block_table for row in rows])
@@ -157,13 +180,26 @@ class BatchArrays:
             slots=np.array([row.request.slot for row in rows], np.int32),
             fresh=[row.start_pos == 0 for row in rows],
             restored=SlotCopies.of((row.restore_from, row.request.slot) for row in rows),
+            kept=SlotCopies.of((row.request.slot, row.keep_to) for row in rows),
             saved=SlotCopies.of((row.request.slot, row.save_to) for row in rows),
-            sampled=ends[[row.samples for row in rows]] - 1,
+            sampled=_last_tokens(ends, [row.num_draws for row in rows]),
             sampling=SamplingArrays.build(draws),
             num_scored=[row.num_scored for row in rows],
             scored=scored,
             scored_ids=scored_ids,
         )
+
+
+def _first_draws(batch: Batch) -> dict[Request, int]:
+    """Where each sampling row's tokens begin among those that the step draws."""
+    rows = batch.sampling_rows
+    return dict(zip([row.request for row in rows], accumulate([0, *(row.num_draws for row in rows)]), strict=False))
+
+
+def _last_tokens(ends: Ints, counts: list[int]) -> Ints:
+    """Indices on T of the last tokens of each row, so many of each."""
+    indices = [np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends.tolist(), counts, strict=True)]
+    return np.concatenate(indices)
 
 
 def _pad(block_tables: list[list[int]]) -> Ints:

@@ -12,6 +12,7 @@ from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.queue import Refusal
 from mlx_server.engine.request import Request
 from mlx_server.engine.scheduler import Outputs, Scheduler
+from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.stats import EngineStats, Gauges
 from mlx_server.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -48,13 +49,15 @@ class EngineCore:
         *,
         info: wire.EngineInfo,
         pacer: PrefillPacer | None = None,
+        speculator: Speculator | None = None,
         stats: EngineStats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`scheduler` has the same `pacer` and `stats`."""
+        """`scheduler` has the same `pacer`, `speculator` and `stats`."""
         self._scheduler = scheduler
         self._runner = runner
         self._pacer = pacer
+        self._speculator = speculator
         self._stats = stats or EngineStats()
         self._clock = clock
         self._launching: Batch | None = None
@@ -138,6 +141,8 @@ class EngineCore:
         self._stats.on_step(result.batch, duration_s)
         if self._pacer is not None:
             self._pacer.observe(result.batch, launched, duration_s)
+        if self._speculator is not None:
+            self._speculator.observe(result.batch, launched, duration_s)
 
     def _fault(self, request: Request) -> str | None:
         """The API has checked all this; a fault here is an API process of ours gone wrong, and must not reach the

@@ -1,12 +1,22 @@
 """Which request owns which blocks of the KV pool and which slot of recurrent states, and what of it others may use.
 The arrays are the runner's."""
 
+from typing import NamedTuple
+
 from mlx_server.engine.request import Request
 from mlx_server.engine.state_snapshots import StateSnapshots
 from mlx_server.ops.block_pool import BlockPool
 from mlx_server.ops.prefix_tree import PrefixTree
 
 MATCH_BLOCKS = 64  # looked up at a time, so that a prompt is read only as far as it is known
+
+
+class StateSlots(NamedTuple):
+    """What a step copies of a request's recurrent states."""
+
+    restore_from: int | None  # the slot from which they are restored first
+    keep_to: int | None  # then that to which they are copied before the step
+    save_to: int | None  # and that to which they are copied after it
 
 
 class KVCacheManager:
@@ -69,7 +79,7 @@ class KVCacheManager:
         """How many tokens, at most `max_tokens`, the request should compute next, once it has skipped those whose KV is
         already there. 0: it is not running, and should wait for what another request is computing."""
         if request.is_decoding:
-            return 1
+            return request.num_uncomputed_tokens
         self._settle(request)
         self._skip_cached(request)
         num_tokens = min(request.num_uncomputed_tokens, max_tokens)
@@ -104,15 +114,39 @@ class KVCacheManager:
             self._running.append(request)
         return True
 
-    def launch(self, request: Request, end_pos: int) -> tuple[int | None, int | None]:
-        """The step in the works computes the request's positions before `end_pos`, so others may use them. From which
-        slot its states are to be restored before the step, and to which they are to be saved after it, if at all."""
+    def launch(self, request: Request, end_pos: int, num_drafts: int = 0) -> StateSlots:
+        """The step in the works computes the request's positions before `end_pos`, so others may use them, and those
+        of drafts behind them, which nobody may use before `judge`."""
         self._settle(request)
         self._publish(request, end_pos)
-        save_to = None if self._snapshots is None else self._snapshots.reserve(request, end_pos)
         restore_from, request.restore_from = request.restore_from, None
+        keep_to = save_to = None
+        if self._snapshots is not None:
+            self._snapshots.let_go(request)
+            if num_drafts:
+                keep_to = self._snapshots.keep(request)
+            else:
+                save_to = self._snapshots.reserve(request, end_pos)
         request.num_computed_tokens = end_pos
-        return restore_from, save_to
+        request.num_redone_tokens = 0
+        return StateSlots(restore_from, keep_to, save_to)
+
+    def max_drafts(self, request: Request) -> int | None:
+        """How many drafts the request's next step may have; None: any number."""
+        return None if self._snapshots is None else self._snapshots.max_drafts(request)
+
+    def judge(self, request: Request, start_pos: int, num_drafts: int, num_right: int) -> None:
+        """The first `num_right` drafts of the step that began at `start_pos` were right. What follows them is computed
+        anew over it; a recurrent state has taken in the wrong ones, so it goes back to `start_pos`."""
+        request.num_computed_tokens += num_right
+        if request.kept_slot is None or self._snapshots is None:
+            return
+        if num_right == num_drafts:
+            self._snapshots.let_go(request)
+            return
+        request.restore_from = request.kept_slot
+        request.num_redone_tokens = request.num_computed_tokens - start_pos
+        request.num_computed_tokens = start_pos
 
     def free(self, request: Request) -> None:
         """Take all blocks and the slot back; the request's tokens must be computed or found again to go on."""
@@ -143,7 +177,8 @@ class KVCacheManager:
         assert len(set(self._free_slots)) == len(self._free_slots) == self._num_slots - len(self._running)
         if self._snapshots is not None:
             pending = [request.pending_snapshot for request in self._running]
-            self._snapshots.check_integrity([snapshot.slot for snapshot in pending if snapshot])
+            kept = [request.kept_slot for request in self._running if request.kept_slot is not None]
+            self._snapshots.check_integrity([*kept, *(snapshot.slot for snapshot in pending if snapshot)])
 
     def check_all_free(self) -> None:
         """No request owns anything."""
@@ -166,7 +201,10 @@ class KVCacheManager:
         request.num_published_blocks = 0
         request.num_computed_tokens = 0
         request.saved_pos = 0
+        request.num_redone_tokens = 0
         request.restore_from = request.answer_snapshot = None
+        if self._snapshots is not None:
+            self._snapshots.let_go(request)
         if request.slot is not None:
             self._free_slots.append(request.slot)
             self._running.remove(request)

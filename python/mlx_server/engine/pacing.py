@@ -29,15 +29,15 @@ class PrefillPacer:
         So only pairs that are alike tell something.
         """
         num_decodes = launched.num_decodes
-        prefills = [batch.num_tokens - batch.num_decodes for batch in (previous, launched)]
+        prefills = [batch.num_prefill_tokens for batch in (previous, launched)]
         if not any(prefills) and num_decodes:
             key = num_decodes.bit_length()
-            self._decode_s[key] = _blend(self._decode_s.get(key), duration_s)
+            self._decode_s[key] = blend(self._decode_s.get(key), duration_s)
         elif all(prefills):
             num_prefill_tokens = sum(prefills) / 2
             decode_s = (self._expected_decode_s(num_decodes) or 0.0) if num_decodes else 0.0
             per_token_s = max(duration_s - decode_s, 0.1 * duration_s) / num_prefill_tokens
-            self._prefill_token_s = _blend(self._prefill_token_s, per_token_s)
+            self._prefill_token_s = blend(self._prefill_token_s, per_token_s)
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
         """How many prompt tokens may go into the next step, beside `num_decodes` (at least one) decodes."""
@@ -57,7 +57,7 @@ class PrefillPacer:
         return None if closest is None else self._decode_s[closest]
 
 
-def _blend(old: float | None, new: float) -> float:
+def blend(old: float | None, new: float) -> float:
     """A running mean that one odd step (a first compilation, a busy machine) hardly moves."""
     if old is None:
         return new

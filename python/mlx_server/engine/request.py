@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from mlx_server import wire
 from mlx_server.engine.pooling import PooledStates
+from mlx_server.engine.prompt_lookup import PromptLookup
 from mlx_server.engine.sampling_state import SamplingState
 from mlx_server.sampling_params import SamplingParams
 
@@ -62,6 +63,8 @@ class Request:
     shared_pos: int = 0  # end of what others have computed too; models with recurrent states only, like the next ones
     saved_pos: int = 0  # of the newest state that is saved, or that it began with
     pending_snapshot: PendingSnapshot | None = None
+    kept_slot: int | None = None  # of its state before the drafts, until they are judged and it has gone on from there
+    num_redone_tokens: int = 0  # computed before, but its recurrent state went back to before them
     answer_snapshot: int | None = None  # block after which the newest state of the answer is saved
     num_served_tokens: int = 0  # ever computed, and so counted against the client's share: recomputing them is not
     num_failed_steps: int = 0
@@ -70,6 +73,7 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     prompt_logprobs: list[wire.TokenLogprobs] = field(default_factory=list)  # of positions 1…, as far as scored
+    lookup: PromptLookup = field(default_factory=PromptLookup)
     sampling_state: SamplingState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,8 +105,8 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the newest token is still to compute."""
-        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+        """Only the newest token is still to compute, or was still to compute before some drafts were wrong."""
+        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1 + self.num_redone_tokens
 
     @property
     def awaits_last_token(self) -> bool:

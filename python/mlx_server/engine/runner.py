@@ -1,6 +1,6 @@
 """Batches on the device: the model, what it keeps of each request, and the sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,23 +26,26 @@ _SCORED_ROWS = 64
 class _Step:
     batch: Batch
     num_scored: list[int]  # B
-    sampled: Sampled | None  # of R rows; None if R is 0
+    sampled: Sampled | None  # of R draws; None if R is 0
     scores: Sampled | None  # of P prompt tokens; None if P is 0
     pooled: dict[Request, mx.array]  # [hidden] float32
 
     def result(self) -> StepResult:
         """Waits for the device."""
-        wanted = [row.request.sampling.logprobs for row in self.batch.sampling_rows]
+        rows = self.batch.sampling_rows
+        wanted = [row.request.sampling.logprobs for row in rows for _ in range(row.num_draws)]
         wanted_scores = [
             row.request.num_prompt_logprobs
             for row, count in zip(self.batch.rows, self.num_scored, strict=True)
             for _ in range(count)
         ]
         scores = iter(_logprobs(self.scores, wanted_scores))
+        token_ids: Iterator[int] = iter(self.sampled.token_ids.tolist() if self.sampled else [])  # type: ignore[arg-type]
+        logprobs = iter(_logprobs(self.sampled, wanted))
         return StepResult(
             self.batch,
-            self.sampled.token_ids.tolist() if self.sampled else [],  # type: ignore[arg-type]
-            _logprobs(self.sampled, wanted),
+            [list(islice(token_ids, row.num_draws)) for row in rows],
+            [[entry for entry in islice(logprobs, row.num_draws) if entry] or None for row in rows],
             [[score for score in islice(scores, count) if score] for count in self.num_scored],
             {request: np.array(states) for request, states in self.pooled.items()},
         )
@@ -95,12 +98,13 @@ class ModelRunner:
         if arrays.awaits_previous:
             token_ids = mx.concatenate([token_ids, drawn])[mx.array(arrays.token_sources)]
         self._states.copy(arrays.restored)
+        self._states.copy(arrays.kept)
         hidden = self._model(token_ids, EngineStepContext(self._pools, self._states, arrays))
         self._states.copy(arrays.saved)
         return hidden
 
     def _sample(self, hidden: mx.array, arrays: BatchArrays, drawn: mx.array) -> Sampled | None:
-        """A token for each of the R sampling rows."""
+        """A token for each of the R draws."""
         if not arrays.sampled.size:
             return None
         sampling = arrays.sampling

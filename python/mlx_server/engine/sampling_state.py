@@ -71,11 +71,12 @@ class SamplingState:
 
 
 class Draw(NamedTuple):
-    """One token to be drawn."""
+    """A token to be drawn, and one more after each draft as if the draft were the token before it."""
 
     state: SamplingState  # of its request
-    position: int  # of the token
+    position: int  # of the first token
     source: int | None  # if the token before it is in flight, that one's index in the step before
+    draft_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,15 @@ class SamplingArrays:
 
     @staticmethod
     def build(draws: Sequence[Draw]) -> "SamplingArrays":
-        rows = np.frombuffer(bytearray(b"".join(draw.state.row for draw in draws)), ROW_DTYPE)
-        rows["position"] = [draw.position for draw in draws]
+        rows = np.frombuffer(
+            bytearray(b"".join(draw.state.row * (1 + len(draw.draft_token_ids)) for draw in draws)), ROW_DTYPE
+        )
         flat = _Flat()
-        for i, (state, position, source) in enumerate(draws):
-            if bias := state.bias_at(position):
-                rows["bias_begin"][i], rows["bias_end"][i] = flat.add_bias(bias)
-            if begins := state.history_ranges(position):
-                offset = flat.add_history(state, min(begins.values()), position, source)
-                for name, begin in begins.items():
-                    rows[name][i] = begin + offset
-                rows["history_end"][i] = position + offset
-            if state.params.dry_sequence_breakers and state.params.dry_multiplier:
-                rows["breakers_begin"][i] = len(flat.breakers)
-                flat.breakers += state.params.dry_sequence_breakers
-                rows["breakers_end"][i] = len(flat.breakers)
+        first = 0
+        for draw in draws:
+            stop = first + 1 + len(draw.draft_token_ids)
+            flat.fill(rows[first:stop], draw)
+            first = stop
         return SamplingArrays(
             rows=rows,
             bias_ids=np.array([token_id for token_id, _ in flat.bias], np.int32),
@@ -123,7 +118,7 @@ class SamplingArrays:
 
 
 class _Flat:
-    """The ranges of all rows, one after the other."""
+    """What the rows' ranges are of, one draw's after the other."""
 
     def __init__(self) -> None:
         self.bias: list[tuple[int, float]] = []
@@ -133,19 +128,39 @@ class _Flat:
         self.holes: list[int] = []
         self.sources: list[int] = []
 
-    def add_bias(self, bias: list[tuple[int, float]]) -> tuple[int, int]:
+    def fill(self, rows: npt.NDArray[Any], draw: Draw) -> None:
+        """The 1 + drafts rows of a draw. They share what they can."""
+        state, begins = draw.state, draw.state.history_ranges(draw.position)
+        offset = self._add_history(draw, min(begins.values())) if begins else 0
+        breakers_begin = len(self.breakers)
+        if state.params.dry_multiplier:
+            self.breakers += state.params.dry_sequence_breakers
+        bias: list[tuple[int, float]] | None = None
+        for row, position in zip(rows, range(draw.position, draw.position + len(rows)), strict=True):
+            row["position"] = position
+            if state.bias_at(position) is not bias:
+                bias = state.bias_at(position)
+                bias_range = self._add_bias(bias)
+            row["bias_begin"], row["bias_end"] = bias_range
+            for name, begin in state.history_ranges(position).items():
+                row[name] = begin + offset
+                row["history_end"] = position + offset
+            row["breakers_begin"], row["breakers_end"] = breakers_begin, len(self.breakers)
+
+    def _add_bias(self, bias: list[tuple[int, float]]) -> tuple[int, int]:
         begin = len(self.bias)
         self.bias += bias
         return begin, len(self.bias)
 
-    def add_history(self, state: SamplingState, start_pos: int, end_pos: int, source: int | None) -> int:
-        """The tokens at [start_pos, end_pos); what to add to a position to get its index."""
+    def _add_history(self, draw: Draw, start_pos: int) -> int:
+        """The tokens from start_pos on that come before the draw's last; what to add to a position to get its index."""
         offset = self.history_size - start_pos
-        tokens = state.known_tokens(start_pos, end_pos)
-        self.history.append(tokens)
-        if source is not None and start_pos < end_pos:  # the newest is in flight
+        end_pos = draw.position
+        self.history.append(draw.state.known_tokens(start_pos, end_pos))
+        if draw.source is not None and start_pos < end_pos:  # the newest is in flight
             self.history.append(np.zeros(1, np.int32))
             self.holes.append(end_pos - 1 + offset)
-            self.sources.append(source)
-        self.history_size += max(end_pos - start_pos, 0)
+            self.sources.append(draw.source)
+        self.history.append(np.array(draw.draft_token_ids, np.int32))
+        self.history_size += max(end_pos - start_pos, 0) + len(draw.draft_token_ids)
         return offset

@@ -14,6 +14,7 @@ from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.queue import FairShares, QueueLimits, Refusal, WaitingQueue, age
 from mlx_server.engine.request import Request, RequestState
+from mlx_server.engine.speculation import MAX_DRAFTS, Speculator, follow
 from mlx_server.engine.stats import EndReason, EngineStats
 from mlx_server.ops.sampling import INVALID_TOKEN
 
@@ -32,15 +33,16 @@ class _Step:
         self.rows: list[BatchRow] = []
         self.members: set[Request] = set()
 
-    def add(self, request: Request, num_tokens: int) -> None:
+    def add(self, request: Request, num_tokens: int, drafts: tuple[int, ...] = ()) -> None:
         start_pos = request.num_computed_tokens
         end_pos = start_pos + num_tokens
-        samples = end_pos == request.num_tokens
-        restore_from, save_to = self._kv_cache.launch(request, end_pos)
+        samples, is_decode = end_pos == request.num_tokens, request.is_decoding
+        slots = self._kv_cache.launch(request, end_pos, len(drafts))
         request.num_in_flight_tokens += samples
-        self.rows.append(BatchRow(request, start_pos, end_pos, samples, restore_from, save_to))
+        row = BatchRow(request, start_pos, end_pos + len(drafts), samples, *slots, drafts, is_decode)
+        self.rows.append(row)
         self.members.add(request)
-        self.budget -= num_tokens
+        self.budget -= row.num_tokens
 
 
 class Scheduler:
@@ -61,12 +63,16 @@ class Scheduler:
         max_batch_tokens: int,
         limits: QueueLimits | None = None,
         pacer: PrefillPacer | None = None,
+        speculator: Speculator | None = None,
         stats: EngineStats | None = None,
     ) -> None:
-        """Without `limits` any number may wait; without `pacer` prompts fill each step."""
+        """Without `limits` any number may wait; without `pacer` prompts fill each step; without `speculator` there are
+        no drafts."""
         self.kv_cache = kv_cache
         self._max_batch_tokens = max_batch_tokens
         self._pacer = pacer
+        self._speculator = speculator
+        self._awaits_drafts = False  # the step in flight has some: where its requests go on, it will tell
         self._stats = stats or EngineStats()
         self._shares = FairShares()
         self._queue = WaitingQueue(limits or QueueLimits(2**62, 2**62), self._shares)
@@ -119,20 +125,30 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> Batch:
         """The next step: decodes, then prompts, while budget and blocks last."""
         step = _Step(self.kv_cache, self._max_batch_tokens)
+        if self._awaits_drafts:
+            return Batch([])
         if self._suspects:
             self._schedule_alone(step, min(self._suspects, key=age))
         else:
+            decodes = [r for r in self._running if r.is_decoding and not r.awaits_last_token]
+            drafts = self._plan_drafts(decodes)
+            if drafts is None:
+                return Batch([])
             self._make_place()
-            self._schedule_decodes(step)
+            self._schedule_decodes(step, decodes, drafts)
             self._schedule_prompts(step)
         for row in step.rows:
             found_pos = min(row.start_pos, len(row.request.prompt_token_ids))
             row.request.num_cached_tokens += max(found_pos - row.request.num_served_tokens, 0)
-            self._shares.charge(row.request, row.start_pos, row.end_pos)
+            self._shares.charge(row.request, row.start_pos, row.certain_end_pos)
+            if self._speculator is not None:
+                follow(row.request)
             if row.request.started_s is None:
                 row.request.started_s = now_s
                 self._stats.on_start(row.request)
-        return Batch(step.rows)
+        batch = Batch(step.rows)
+        self._awaits_drafts = batch.num_drafts > 0
+        return batch
 
     def _schedule_alone(self, step: _Step, suspect: Request) -> None:
         """Not pipelined: a failure must have one culprit."""
@@ -146,12 +162,29 @@ class Scheduler:
         step.add(suspect, num_tokens)
         self._is_suspect_in_flight = True
 
-    def _schedule_decodes(self, step: _Step) -> None:
-        decodes = [request for request in self._running if request.is_decoding and not request.awaits_last_token]
-        for request in decodes:
-            still_runs = request.state is RequestState.RUNNING  # it may have given way to one before it
-            if still_runs and step.budget and self._make_room(step, request, 1):
-                step.add(request, 1)
+    def _plan_drafts(self, decodes: list[Request]) -> list[tuple[int, ...]] | None:
+        """Drafts for each; None: they are worth it that the step in flight is read first."""
+        if self._speculator is None or not decodes:
+            return [()] * len(decodes)
+        return self._speculator.plan(decodes, [self._max_drafts(request) for request in decodes])
+
+    def _max_drafts(self, request: Request) -> int:
+        if request.num_redone_tokens:
+            return 0
+        num_wanted = request.max_tokens - len(request.output_token_ids) - request.num_in_flight_tokens
+        limit = self.kv_cache.max_drafts(request)
+        return max(min(num_wanted - 1, MAX_DRAFTS if limit is None else min(limit, MAX_DRAFTS)), 0)
+
+    def _schedule_decodes(self, step: _Step, decodes: list[Request], drafts: list[tuple[int, ...]]) -> None:
+        for request, its_drafts in zip(decodes, drafts, strict=True):
+            num_tokens = request.num_uncomputed_tokens
+            if request.state is not RequestState.RUNNING or num_tokens > step.budget:
+                continue  # it may have given way to one before it
+            its_drafts = its_drafts[: min(step.budget - num_tokens, self._max_drafts(request))]
+            if its_drafts and self.kv_cache.allocate(request, num_tokens + len(its_drafts)):
+                step.add(request, num_tokens, its_drafts)
+            elif self._make_room(step, request, num_tokens):
+                step.add(request, num_tokens)
 
     def _schedule_prompts(self, step: _Step) -> None:
         if step.rows and self._pacer is not None:
@@ -235,6 +268,8 @@ class Scheduler:
         if result is None:
             return outputs
         self._clear_suspects(result.batch)
+        if result.batch.num_drafts:
+            self._awaits_drafts = False
         outputs += [
             (row.request.connection, _progress(row))
             for row in result.batch.rows
@@ -247,19 +282,23 @@ class Scheduler:
             if row.request.pooled is not None:
                 row.request.pooled.add(row.start_pos, row.end_pos, result.pooled[row.request])
         drawn = zip(result.batch.sampling_rows, result.token_ids, result.logprobs, strict=True)
-        for row, token_id, logprobs in drawn:
+        for row, token_ids, logprobs in drawn:
             request = row.request
             request.num_in_flight_tokens -= 1
             if request.state is not RequestState.ENDED:
-                outputs.append((request.connection, self._append(request, token_id, logprobs, now_s)))
+                token_ids = _accepted(row, token_ids)
+                if row.draft_token_ids:
+                    num_drafts = len(row.draft_token_ids)
+                    self.kv_cache.judge(request, row.start_pos, num_drafts, len(token_ids) - 1)
+                outputs.append((request.connection, self._append(request, token_ids, logprobs, now_s)))
         return outputs
 
     def fail(self, batches: list[Batch], code: str, message: str, now_s: float = 0.0) -> Outputs:
         """These steps could not be computed, and all KV is lost. Their requests are tried again alone; one that fails
         alone, or again and again, ends. All others are just computed again."""
         outputs: Outputs = []
-        self._is_suspect_in_flight = False
-        lost = {row.request: row.end_pos for batch in batches for row in batch.rows}
+        self._is_suspect_in_flight = self._awaits_drafts = False
+        lost = {row.request: row.certain_end_pos for batch in batches for row in batch.rows}
         for request, end_pos in lost.items():
             request.num_failed_steps += 1
             request.num_in_flight_tokens = 0
@@ -289,9 +328,10 @@ class Scheduler:
                 self._suspects.remove(row.request)
 
     def _append(
-        self, request: Request, token_id: int, logprobs: wire.TokenLogprobs | None, now_s: float
+        self, request: Request, token_ids: list[int], logprobs: list[wire.TokenLogprobs] | None, now_s: float
     ) -> wire.RequestOutput:
-        if token_id == INVALID_TOKEN:
+        last_token_id = token_ids[-1]
+        if last_token_id == INVALID_TOKEN:
             self.kv_cache.discard(request)
             self._end(request, "error", now_s)
             return wire.Failed(request.request_id, "invalid_logits", "The model gave no valid probabilities.")
@@ -299,16 +339,16 @@ class Scheduler:
             return self._embedded(request, request.pooled, now_s)
         is_first = not request.output_token_ids
         prompt_logprobs = request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None
-        token_ids = [token_id] if request.max_tokens else []
+        self._stats.on_tokens(request, len(token_ids), now_s)
+        token_ids = token_ids if request.max_tokens else []
         request.output_token_ids += token_ids
-        self._stats.on_token(request, now_s)
         reason: wire.FinishReason | None = None
         stop_token_id: int | None = None
-        if request.max_tokens and token_id in request.end_token_ids:
-            reason, stop_token_id, token_ids = "stop", token_id, []
+        if request.max_tokens and last_token_id in request.end_token_ids:
+            reason, stop_token_id, token_ids = "stop", last_token_id, token_ids[:-1]
         elif len(request.output_token_ids) == request.max_tokens:
             reason = "length"
-        its_logprobs = None if logprobs is None else [logprobs][: len(token_ids)]
+        its_logprobs = None if logprobs is None else logprobs[: len(token_ids)]
         if reason is None:
             return wire.Tokens(request.request_id, token_ids, its_logprobs, prompt_logprobs)
         self._end(request, reason, now_s)
@@ -365,6 +405,14 @@ class Scheduler:
         if not self._by_id:
             assert not self._running and not self._queue and not self._suspects
             self.kv_cache.check_all_free()
+
+
+def _accepted(row: BatchRow, token_ids: list[int]) -> list[int]:
+    """Of the tokens drawn, those drawn after right drafts only, up to the one that ends the request."""
+    for i, draft in enumerate(row.draft_token_ids):
+        if token_ids[i] != draft or draft in row.request.end_token_ids:
+            return token_ids[: i + 1]
+    return token_ids
 
 
 def _progress(row: BatchRow) -> wire.Progress:

@@ -31,6 +31,7 @@ class StateSnapshots:
         self._slots = range(first_slot, first_slot + num_slots)
         self._block_size = block_size
         self._min_gain = MIN_GAIN_BLOCKS * block_size
+        self._answer_interval = max(ANSWER_INTERVAL // block_size, 1) * block_size
         self._free = list(self._slots)
         self._by_block: OrderedDict[int, _Snapshot] = OrderedDict()  # used longest ago first
 
@@ -58,16 +59,31 @@ class StateSnapshots:
 
     def reserve(self, request: Request, end_pos: int) -> int | None:
         """The slot that is to hold the request's state after the positions before `end_pos`, if it should be saved."""
-        interval = max(ANSWER_INTERVAL // self._block_size, 1) * self._block_size
-        in_answer = end_pos > len(request.prompt_token_ids) and end_pos % interval == 0
+        in_answer = end_pos > len(request.prompt_token_ids) and end_pos % self._answer_interval == 0
         if not (in_answer or end_pos == self.next_pos(request)) or not (self._free or self._by_block):
             return None
-        if not self._free:
-            self._make_room()
-        slot = self._free.pop()
+        slot = self._take()
         request.pending_snapshot = PendingSnapshot(slot, end_pos // self._block_size - 1)
         request.saved_pos = end_pos
         return slot
+
+    def max_drafts(self, request: Request) -> int:
+        """How many drafts the request may have, so that a step that saves its state is never one with drafts."""
+        if not (self._free or self._by_block):
+            return 0
+        interval = self._answer_interval
+        return max((interval - request.num_tokens) % interval - 1, 0)
+
+    def keep(self, request: Request) -> int:
+        """The slot that is to hold the request's state while its drafts are computed."""
+        request.kept_slot = self._take()
+        return request.kept_slot
+
+    def let_go(self, request: Request) -> None:
+        """The state before the request's drafts is not wanted any more, after the coming step at the latest."""
+        if request.kept_slot is not None:
+            self._free.append(request.kept_slot)
+            request.kept_slot = None
 
     def settle(self, request: Request, block: int | None) -> None:
         """The state that the request's last step has saved, if it has, is the one after `block`, for others to find;
@@ -108,8 +124,13 @@ class StateSnapshots:
         self._by_block.clear()
         self._free = list(self._slots)
 
+    def _take(self) -> int:
+        if not self._free:
+            self._make_room()
+        return self._free.pop()
+
     def check_integrity(self, pending: list[int]) -> None:
-        """`pending`: slots of states that are being saved."""
+        """`pending`: slots of states that are being saved, or kept during drafts."""
         kept = [snapshot.slot for snapshot in self._by_block.values()]
         assert sorted([*self._free, *kept, *pending]) == list(self._slots)
 

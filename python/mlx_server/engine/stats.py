@@ -80,6 +80,9 @@ class EngineStats(Collector):
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
         self._num_output_tokens = 0
+        self._num_drafts = 0  # rows with drafts
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
         self._num_prompt_tokens = 0
         self._ends: Counter[EndReason] = Counter()
         self._refusals: Counter[str] = Counter()
@@ -97,9 +100,10 @@ class EngineStats(Collector):
         assert request.started_s is not None
         self._queue.observe(request.started_s - request.arrived_s)
 
-    def on_token(self, request: Request, now_s: float) -> None:
-        """A request's newest token is known; stamps the request."""
-        self._num_output_tokens += request.max_tokens > 0
+    def on_tokens(self, request: Request, num_tokens: int, now_s: float) -> None:
+        """A request's newest tokens, all of one step, are known; stamps the request."""
+        self._num_output_tokens += num_tokens if request.max_tokens else 0
+        self._num_accepted_tokens += num_tokens - 1
         if request.last_token_s is None:
             request.first_token_s = now_s
             self._ttft.observe(now_s - request.arrived_s)
@@ -113,7 +117,9 @@ class EngineStats(Collector):
     def on_step(self, batch: Batch, duration_s: float) -> None:
         """A step has been computed."""
         self._num_decode_tokens += batch.num_decodes
-        self._num_prefill_tokens += batch.num_tokens - batch.num_decodes
+        self._num_prefill_tokens += batch.num_prefill_tokens
+        self._num_drafts += sum(bool(row.draft_token_ids) for row in batch.rows)
+        self._num_draft_tokens += batch.num_drafts
         self._step_tokens.observe(batch.num_tokens)
         self._step_rows.observe(len(batch.rows))
         self._step_s.observe(duration_s)
@@ -166,6 +172,9 @@ class EngineStats(Collector):
             ("vllm:num_preemptions", "Times a request gave way to another.", self.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", self._num_prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", self._num_prefix_hits),
+            ("vllm:spec_decode_num_drafts", "Times that tokens were guessed.", self._num_drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", self._num_draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Of these, right and sent.", self._num_accepted_tokens),
             ("mlx_server:prefill_tokens", "Tokens computed as part of a prompt.", self._num_prefill_tokens),
             ("mlx_server:decode_tokens", "Tokens computed one a step.", self._num_decode_tokens),
             ("mlx_server:failed_steps", "Steps that could not be computed.", self._num_failed_steps),
