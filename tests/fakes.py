@@ -1,6 +1,9 @@
 """Stand-ins for the parts that a test is not about."""
 
+from itertools import chain, islice
+
 import numpy as np
+import numpy.typing as npt
 
 from mlx_server.engine.batch import Batch, BatchArrays, SlotCopies, StepResult
 from mlx_server.ops.sampling import INVALID_TOKEN
@@ -42,7 +45,7 @@ class FakeRunner:
         self.poison: set[str] = set()  # requests that let each step fail that they take part in
         self.invalid: set[str] = set()  # requests for which no token can be drawn
         self.num_steps = 0
-        self._in_flight: tuple[Batch, list[int]] | None = None
+        self._in_flight: tuple[Batch, list[list[int]]] | None = None
 
     @property
     def in_flight(self) -> Batch | None:
@@ -65,36 +68,39 @@ class FakeRunner:
         done, token_ids = previous
         return StepResult(done, token_ids, [None] * len(token_ids), [[] for _ in done.rows])
 
-    def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[int]) -> list[int]:
+    def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[list[int]]) -> list[list[int]]:
         arrays = BatchArrays.build(batch, previous, self.block_size)
-        previous_ids = np.minimum(np.array(previous_tokens, np.int64), FAKE_VOCAB_SIZE - 1)
+        previous_ids = np.minimum(np.array(list(chain(*previous_tokens)), np.int64), FAKE_VOCAB_SIZE - 1)
         fed = np.concatenate([arrays.token_ids, previous_ids])[arrays.token_sources]
         self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
         self._copy_states(arrays.restored)
-        ends = np.cumsum(arrays.query_lens)
+        self._copy_states(arrays.kept)
+        starts = np.cumsum(arrays.query_lens) - arrays.query_lens
+        seeds = arrays.sampling.rows["seed"].tolist()
         drawn: list[int] = []
         for i, row in enumerate(batch.rows):
-            its_tokens = fed[ends[i] - row.num_tokens : ends[i]].tolist()
             state = 0 if arrays.fresh[i] else self.states[arrays.slots[i]]
-            self.states[arrays.slots[i]] = fake_state(its_tokens, row.start_pos, state)
-            if row.samples:
-                seed = int(arrays.sampling.rows["seed"][len(drawn)])
-                invalid = row.request.request_id in self.invalid
-                drawn.append(INVALID_TOKEN if invalid else self._next_token(arrays, i, seed))
+            for index in range(starts[i], starts[i] + row.num_tokens):
+                position = int(arrays.positions[index])
+                state = fake_state([int(fed[index])], position, state)
+                if index in arrays.sampled:
+                    token_id = self._next_token(arrays.block_tables[i], position + 1, state, seeds[len(drawn)])
+                    drawn.append(INVALID_TOKEN if row.request.request_id in self.invalid else token_id)
+            self.states[arrays.slots[i]] = state
         self._copy_states(arrays.saved)
-        return drawn
+        tokens = iter(drawn)
+        return [list(islice(tokens, row.num_draws)) for row in batch.sampling_rows]
 
     def _copy_states(self, slots: SlotCopies) -> None:
         for target, state in zip(slots.targets, [self.states[slot] for slot in slots.sources], strict=True):
             self.states[target] = state
 
-    def _next_token(self, arrays: BatchArrays, row: int, seed: int) -> int:
-        """`fake_next_token` of what pool and states hold."""
-        end_pos = arrays.context_lens[row]
+    def _next_token(self, block_table: npt.NDArray[np.int32], end_pos: int, state: int, seed: int) -> int:
+        """`fake_next_token` of what the pool holds before end_pos, and of a state."""
         start_pos = 0 if self.window is None else max(end_pos - self.window, 0)
         positions = np.arange(start_pos, end_pos)
-        blocks = arrays.block_tables[row][positions // self.block_size]
+        blocks = block_table[positions // self.block_size]
         seen = self.pool[blocks * self.block_size + positions % self.block_size]
         assert (seen[:, 1] == positions).all()
-        recurrent = self.states[arrays.slots[row]] if self.recurrent else 0
+        recurrent = state if self.recurrent else 0
         return int((recurrent + seed + 7 * fake_state(seen[:, 0].tolist(), start_pos)) % FAKE_VOCAB_SIZE)

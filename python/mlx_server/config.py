@@ -13,6 +13,7 @@ _MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) ?(%|[mgt]i?b)")
 
 STACKS_SIGNAL = signal.SIGUSR2  # lets the engine write what its threads are doing to its log
 
+Speculation = Literal["on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -33,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: str | None = None  # of weights, caches and scratch together: `memory_bytes` reads it
     max_queue: int = 128  # requests that may wait
     tool_parser: str | None = None  # name of the format of tool calls; None: the model's template tells
+    speculation: Speculation = "on"
     log_level: LogLevel = "info"
 
 

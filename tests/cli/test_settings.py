@@ -26,6 +26,7 @@ SETTINGS = [
     ("--memory-limit", "MLX_SERVER_MEMORY_LIMIT", "memory_limit", "8GB", "8GB"),
     ("--tool-parser", "MLX_SERVER_TOOL_PARSER", "tool_parser", "mistral", "mistral"),
     ("--max-queue", "MLX_SERVER_MAX_QUEUE", "max_queue", "7", 7),
+    ("--speculation", "MLX_SERVER_SPECULATION", "speculation", "OFF", "off"),
     ("--log-level", "MLX_SERVER_LOG", "log_level", "DEBUG", "debug"),
 ]
 # Flags without a value: flag, variable, field.
@@ -48,6 +49,7 @@ WRONG = [
     ),
     ("--tool-parser", "MLX_SERVER_TOOL_PARSER", ["", "Hermes", "xml"]),
     ("--max-queue", "MLX_SERVER_MAX_QUEUE", ["0", "-1", "many"]),
+    ("--speculation", "MLX_SERVER_SPECULATION", ["", "auto"]),
     ("--log-level", "MLX_SERVER_LOG", ["", "loud"]),
     ("--kv-bits", "MLX_SERVER_KV_BITS", ["", "4", "16", "eight"]),
 ]

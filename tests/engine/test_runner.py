@@ -11,6 +11,7 @@ from mlx_server import wire
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.memory import MemoryPlan
+from mlx_server.engine.speculation import Speculator
 from mlx_server.models.base import Model
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
@@ -37,9 +38,16 @@ def fixture(directory) -> dict[str, list[int]]:
     return {name: arrays[name].tolist() for name in ("prompt", "greedy")}
 
 
-def make_core(model: Model, *, num_blocks: int = 64, max_batch_tokens: int = 64, max_running: int = 8) -> EngineCore:
+def make_core(
+    model: Model,
+    *,
+    num_blocks: int = 64,
+    max_batch_tokens: int = 64,
+    max_running: int = 8,
+    speculator: Speculator | None = None,
+) -> EngineCore:
     plan = MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running, num_snapshots=16)
-    return make_engine_core(model, plan, max_queue=99)
+    return make_engine_core(model, plan, max_queue=99, speculator=speculator)
 
 
 def generate(core: EngineCore, *messages: wire.Submit, stagger: int = 0) -> dict[str, list[int]]:

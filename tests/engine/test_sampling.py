@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from engine.guesses import known_answers
 from engine.test_runner import GREEDY, make_core
 from engine.test_scheduler import API, Collector
 from mlx_server import wire
@@ -43,8 +44,13 @@ class Answer:
     logprobs: list[wire.TokenLogprobs]
     prompt_logprobs: list[wire.TokenLogprobs] | None
 
+    @property
+    def all_token_ids(self) -> list[int]:
+        stop_token_id = self.end.stop_token_id
+        return self.token_ids if stop_token_id is None else [*self.token_ids, stop_token_id]
 
-def answers(model: Model, *messages: wire.Submit, **core: int) -> list[Answer]:
+
+def answers(model: Model, *messages: wire.Submit, **core: Any) -> list[Answer]:
     """What the requests get, all in one engine."""
     engine = make_core(model, **core)
     collector = Collector()
@@ -197,8 +203,7 @@ def expected(logits: npt.NDArray[np.float32], message: wire.Submit, output: list
 
 
 def check_with_oracle(answer: Answer, drawn: list[npt.NDArray[np.float32]], message: wire.Submit) -> None:
-    stop_token_id = answer.end.stop_token_id
-    tokens = answer.token_ids if stop_token_id is None else [*answer.token_ids, stop_token_id]
+    tokens = answer.all_token_ids
     for i, token_id in enumerate(tokens):
         step = expected(drawn[i], message, tokens[:i])
         if step.margin < 1e-5:
@@ -238,6 +243,10 @@ def test_every_two_work_together_and_leave_their_neighbour_alone(
     assert both.token_ids == alone.token_ids and both.end.finish_reason == alone.end.finish_reason
     assert [entry.top_ids for entry in both.logprobs] == [entry.top_ids for entry in alone.logprobs]
     assert all(feature.holds(both) for feature in features)
+    drafts = known_answers({"both": alone.all_token_ids, "neighbour": neighbour[1]}, model.vocab_size)
+    guessed, beside = answers(model, message, neighbour[0], speculator=drafts)
+    assert beside.token_ids == neighbour[1]
+    assert replace(guessed, end=alone.end) == alone and guessed.end.finish_reason == alone.end.finish_reason
 
 
 def test_all_together_after_preemption(model: Model, prompt: list[int]) -> None:
@@ -246,6 +255,8 @@ def test_all_together_after_preemption(model: Model, prompt: list[int]) -> None:
         params |= feature.params
     messages = [submit(name, prompt, 40, **params | {"seed": i}) for i, name in enumerate("abcd")]
     alone = [answers(model, message)[0] for message in messages]
-    together = answers(model, *messages, num_blocks=9, max_batch_tokens=16)
-    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
-    assert [answer.logprobs for answer in together] == [answer.logprobs for answer in alone]
+    drafts = known_answers({name: answer.all_token_ids for name, answer in zip("abcd", alone, strict=True)}, 50)
+    for speculator in None, drafts:
+        together = answers(model, *messages, num_blocks=9, max_batch_tokens=16, speculator=speculator)
+        assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+        assert [answer.logprobs for answer in together] == [answer.logprobs for answer in alone]

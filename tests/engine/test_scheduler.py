@@ -12,6 +12,7 @@ from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.queue import QueueLimits
 from mlx_server.engine.scheduler import Outputs, Scheduler
+from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.stats import EngineStats
 from mlx_server.sampling_params import SamplingParams
 
@@ -29,12 +30,15 @@ def make_core(
     num_snapshots: int | None = None,
     limits: QueueLimits | None = None,
     pacer: PrefillPacer | None = None,
+    speculator: Speculator | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[EngineCore, FakeRunner]:
     """`num_snapshots`: of a recurrent model."""
     kv_cache = KVCacheManager(num_blocks, block_size, max_running, window=window, num_snapshots=num_snapshots)
     stats = EngineStats()
-    scheduler = Scheduler(kv_cache, max_batch_tokens=max_batch_tokens, limits=limits, pacer=pacer, stats=stats)
+    scheduler = Scheduler(
+        kv_cache, max_batch_tokens=max_batch_tokens, limits=limits, pacer=pacer, speculator=speculator, stats=stats
+    )
     num_slots = max_running + (num_snapshots or 0)
     runner = FakeRunner(num_blocks, block_size, num_slots, window, recurrent=num_snapshots is not None)
     core = EngineCore(
@@ -42,6 +46,7 @@ def make_core(
         runner,
         info=wire.EngineInfo(context, FAKE_VOCAB_SIZE, max_requests=100, limited_by_memory=False),
         pacer=pacer,
+        speculator=speculator,
         stats=stats,
         clock=clock,
     )

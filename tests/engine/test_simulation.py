@@ -5,18 +5,20 @@ import random
 
 import pytest
 
+from engine.guesses import Guesses
 from engine.test_fairness import Clock
 from engine.test_scheduler import API, Collector, alone, make_core, make_submit
-from fakes import FAKE_VOCAB_SIZE
+from fakes import FAKE_VOCAB_SIZE, fake_next_token
 from mlx_server import wire
 from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.queue import QueueLimits
+from mlx_server.engine.request import Request
 
 
 class World:
     """An engine of random size, and random clients of it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, speculates: bool = False) -> None:
         self.rng = rng = random.Random(seed)
         self.block_size = rng.choice([1, 2, 4, 16])
         self.context = rng.randint(20, 60)
@@ -33,6 +35,7 @@ class World:
             context=self.context,
             limits=rng.choice([None, QueueLimits(6, 200)]),
             pacer=rng.choice([None, PrefillPacer(5)]),
+            speculator=Guesses(rng, self.next_token, FAKE_VOCAB_SIZE) if speculates else None,
             clock=self.clock,
         )
         self.num_priorities = rng.choice([1, 1, 3])
@@ -41,6 +44,10 @@ class World:
         self.conversations: list[list[int]] = [[]]
         self.taken: dict[str, wire.Submit] = {}
         self.cancelled: set[str] = set()
+
+    def next_token(self, request: Request, token_ids: list[int]) -> int:
+        recurrent = self.num_snapshots is not None
+        return fake_next_token(token_ids, request.sampling.seed, self.window, recurrent=recurrent)
 
     def arrive(self, request_id: str) -> None:
         rng = self.rng
@@ -89,9 +96,10 @@ class World:
                 assert end.code in ("deadline_exceeded", "engine_error")
 
 
+@pytest.mark.parametrize("speculates", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
-    world = World(seed)
+def test_every_request_ends_once_with_its_own_tokens(seed: int, speculates: bool) -> None:
+    world = World(seed, speculates=speculates)
     rng = world.rng
     for step in range(250):
         if rng.random() < 0.25:

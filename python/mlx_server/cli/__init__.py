@@ -150,6 +150,12 @@ def _tool_parser(text: str) -> str:
     return text
 
 
+def _speculation(text: str) -> str:
+    if text.lower() not in ("on", "off"):
+        raise ValueError("on or off")
+    return text.lower()
+
+
 def _log_level(text: str) -> str:
     level = text.lower()
     if level not in ("debug", "info", "warning", "error"):
@@ -286,6 +292,13 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "MLX_SERVER_MAX_QUEUE",
     _integer(1, _MAX_INT),
     "Requests that may wait for their turn; more are refused with a 503, or a 429 if their client has too many.",
+)
+@_option(
+    "speculation",
+    "--speculation",
+    "MLX_SERVER_SPECULATION",
+    _speculation,
+    "on: guess tokens from a request's own text and compute them together, where that is faster; off: never.",
 )
 @_option("log_level", "--log-level", "MLX_SERVER_LOG", _log_level, "Least level to log: debug, info, warning or error.")
 @click.version_option(package_name="mlx-server")

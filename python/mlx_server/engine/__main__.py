@@ -14,6 +14,7 @@ from mlx_server.config import STACKS_SIGNAL, Launch
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
+from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.transport import EngineServer
 from mlx_server.engine.warm_up import measure_step, warm_up
 from mlx_server.errors import ModelLoadError
@@ -59,7 +60,13 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes, kv_bits=launch.settings.kv_bits)
     use = memory_use(model, plan, limit=limit, step_bytes_per_token=step_bytes)
     apply_limit(use)
-    core = make_engine_core(model, plan, model_name=launch.model.name, max_queue=launch.settings.max_queue)
+    core = make_engine_core(
+        model,
+        plan,
+        model_name=launch.model.name,
+        max_queue=launch.settings.max_queue,
+        speculator=Speculator() if launch.settings.speculation == "on" else None,
+    )
     warm_up(core)
     core.reset_stats()
     return core, {"Context": f"{core.info.context_length:,} tokens", "Memory": str(use)}

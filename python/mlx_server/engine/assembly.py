@@ -8,6 +8,7 @@ from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.queue import QueueLimits
 from mlx_server.engine.runner import ModelRunner
 from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.stats import EngineStats
 from mlx_server.models.base import Model
 
@@ -15,13 +16,19 @@ QUEUED_BATCHES = 4  # so many times the requests, and the tokens, that can run a
 
 
 def make_engine_core(
-    model: Model, plan: MemoryPlan, *, model_name: str = "", max_queue: int | None = None
+    model: Model,
+    plan: MemoryPlan,
+    *,
+    model_name: str = "",
+    max_queue: int | None = None,
+    speculator: Speculator | None = None,
 ) -> EngineCore:
     """An engine that runs `model` in the memory that `plan` gives it.
 
     Args:
         model_name: the label of its metrics.
         max_queue: how many requests may wait; None: QUEUED_BATCHES for each that may run.
+        speculator: without one there are no drafts.
     """
     kv_cache = KVCacheManager(
         plan.num_blocks,
@@ -35,8 +42,16 @@ def make_engine_core(
     limits = QueueLimits(max_queue, plan.num_tokens * max(max_queue // plan.max_running, 1))
     pacer = PrefillPacer(plan.max_batch_tokens // 4)
     stats = EngineStats(model_name)
+    scheduler = Scheduler(
+        kv_cache,
+        max_batch_tokens=plan.max_batch_tokens,
+        limits=limits,
+        pacer=pacer,
+        speculator=speculator,
+        stats=stats,
+    )
     return EngineCore(
-        Scheduler(kv_cache, max_batch_tokens=plan.max_batch_tokens, limits=limits, pacer=pacer, stats=stats),
+        scheduler,
         ModelRunner(model, plan),
         info=wire.EngineInfo(
             context_length=min(model.context_length, longest or model.context_length),
@@ -45,5 +60,6 @@ def make_engine_core(
             limited_by_memory=longest is not None and longest < model.context_length,
         ),
         pacer=pacer,
+        speculator=speculator,
         stats=stats,
     )
