@@ -12,7 +12,7 @@ from mlx_server.sampling_params import SamplingParams
 
 def batch(num_decodes: int, num_prefill_tokens: int) -> Batch:
     request = Request("a", b"", [1] * 10_000, 9, frozenset(), SamplingParams())
-    rows = [BatchRow(request, 5, 6, True) for _ in range(num_decodes)]
+    rows = [BatchRow(request, 5, 6, True, is_decode=True) for _ in range(num_decodes)]
     return Batch([*rows, BatchRow(request, 0, num_prefill_tokens, False)] if num_prefill_tokens else rows)
 
 

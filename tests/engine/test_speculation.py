@@ -11,6 +11,7 @@ from engine.test_scheduler import API, Collector, alone, make_submit
 from engine.test_scheduler import make_core as make_fake_core
 from fakes import FAKE_VOCAB_SIZE, fake_next_token
 from mlx_server import wire
+from mlx_server.engine.batch import Batch, BatchRow
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.prompt_lookup import PromptLookup
 from mlx_server.engine.request import Request
@@ -60,8 +61,8 @@ def test_lookup_finds_what_a_model_repeats(model, fixture) -> None:  # noqa: F81
 class FreeDrafts(Speculator):
     """A step always takes the same time."""
 
-    def observe(self, num_decodes: int, num_drafts: int, duration_s: float) -> None:
-        super().observe(num_decodes, num_drafts, 1.0)
+    def observe(self, previous: Batch, launched: Batch, duration_s: float) -> None:
+        super().observe(previous, launched, 1.0)
 
 
 # --- Where a request ends ---
@@ -160,11 +161,16 @@ def request_in_copy() -> Request:
     return request
 
 
+def step(num_drafts: int = 0) -> Batch:
+    drafts = (0,) * num_drafts
+    return Batch([BatchRow(request_in_copy(), 5, 6 + num_drafts, True, draft_token_ids=drafts, is_decode=True)])
+
+
 def speculator_of(draft_step_s: float) -> Speculator:
     speculator = Speculator()
     for _ in range(20):
-        speculator.observe(1, 0, 1.0)
-        speculator.observe(1, MAX_DRAFTS, draft_step_s)
+        speculator.observe(step(), step(), 1.0)
+        speculator.observe(step(MAX_DRAFTS), Batch([]), draft_step_s)
     return speculator
 
 
@@ -175,7 +181,7 @@ def test_drafts_are_tried_where_they_pay() -> None:
     dear = speculator_of(9.0)
     for num_drafts in 1, 3:
         for _ in range(20):
-            dear.observe(1, num_drafts, 9.0)
+            dear.observe(step(num_drafts), Batch([]), 9.0)
     assert dear.plan([request_in_copy()], [MAX_DRAFTS]) == [()]
 
 
@@ -195,6 +201,6 @@ def test_a_cost_that_forbids_drafts_is_measured_again() -> None:
     speculator, request = speculator_of(30.0), request_in_copy()
     for num_drafts in 1, 3:
         for _ in range(20):
-            speculator.observe(1, num_drafts, 30.0)
+            speculator.observe(step(num_drafts), Batch([]), 30.0)
     plans = [speculator.plan([request], [MAX_DRAFTS]) for _ in range(300)]
     assert plans[0] == [()] and plans[-1] != [()]

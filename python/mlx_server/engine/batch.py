@@ -49,6 +49,13 @@ class BatchRow:
         """Where its drafts begin."""
         return self.end_pos - len(self.draft_token_ids)
 
+    def accepted(self, token_ids: list[int]) -> list[int]:
+        """Of its draws, those after right drafts only, up to one that ends the request."""
+        for i, draft in enumerate(self.draft_token_ids):
+            if token_ids[i] != draft or draft in self.request.end_token_ids:
+                return token_ids[: i + 1]
+        return token_ids
+
     @property
     def num_scored(self) -> int:
         """How many prompt tokens, from start_pos + 1 on, this part gives log-probabilities of."""

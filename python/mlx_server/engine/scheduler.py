@@ -16,33 +16,13 @@ from mlx_server.engine.queue import FairShares, QueueLimits, Refusal, WaitingQue
 from mlx_server.engine.request import Request, RequestState
 from mlx_server.engine.speculation import MAX_DRAFTS, Speculator, follow
 from mlx_server.engine.stats import EndReason, EngineStats
+from mlx_server.engine.step_builder import StepBuilder
 from mlx_server.ops.sampling import INVALID_TOKEN
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 
 LEAST_BATCH_TOKENS = 32
 MAX_FAILED_STEPS = 3  # in company; alone, one is enough to blame the request
-
-
-class _Step:
-    """A batch while it is being put together."""
-
-    def __init__(self, kv_cache: KVCacheManager, budget: int) -> None:
-        self._kv_cache = kv_cache
-        self.budget = budget
-        self.rows: list[BatchRow] = []
-        self.members: set[Request] = set()
-
-    def add(self, request: Request, num_tokens: int, drafts: tuple[int, ...] = ()) -> None:
-        start_pos = request.num_computed_tokens
-        end_pos = start_pos + num_tokens
-        samples, is_decode = end_pos == request.num_tokens, request.is_decoding
-        slots = self._kv_cache.launch(request, end_pos, len(drafts))
-        request.num_in_flight_tokens += samples
-        row = BatchRow(request, start_pos, end_pos + len(drafts), samples, *slots, drafts, is_decode)
-        self.rows.append(row)
-        self.members.add(request)
-        self.budget -= row.num_tokens
 
 
 class Scheduler:
@@ -124,7 +104,7 @@ class Scheduler:
 
     def schedule(self, now_s: float = 0.0) -> Batch:
         """The next step: decodes, then prompts, while budget and blocks last."""
-        step = _Step(self.kv_cache, self._max_batch_tokens)
+        step = StepBuilder(self.kv_cache, self._max_batch_tokens)
         if self._awaits_drafts:
             return Batch([])
         if self._suspects:
@@ -150,7 +130,7 @@ class Scheduler:
         self._awaits_drafts = batch.num_drafts > 0
         return batch
 
-    def _schedule_alone(self, step: _Step, suspect: Request) -> None:
+    def _schedule_alone(self, step: StepBuilder, suspect: Request) -> None:
         """Not pipelined: a failure must have one culprit."""
         if self._is_suspect_in_flight:
             return
@@ -175,7 +155,7 @@ class Scheduler:
         limit = self.kv_cache.max_drafts(request)
         return max(min(num_wanted - 1, MAX_DRAFTS if limit is None else min(limit, MAX_DRAFTS)), 0)
 
-    def _schedule_decodes(self, step: _Step, decodes: list[Request], drafts: list[tuple[int, ...]]) -> None:
+    def _schedule_decodes(self, step: StepBuilder, decodes: list[Request], drafts: list[tuple[int, ...]]) -> None:
         for request, its_drafts in zip(decodes, drafts, strict=True):
             num_tokens = request.num_uncomputed_tokens
             if request.state is not RequestState.RUNNING or num_tokens > step.budget:
@@ -186,7 +166,7 @@ class Scheduler:
             elif self._make_room(step, request, num_tokens):
                 step.add(request, num_tokens)
 
-    def _schedule_prompts(self, step: _Step) -> None:
+    def _schedule_prompts(self, step: StepBuilder) -> None:
         if step.rows and self._pacer is not None:
             step.budget = min(step.budget, self._pacer.max_prefill_tokens(len(step.rows)))
         begun = [request for request in self._running if not request.is_decoding and not request.awaits_last_token]
@@ -242,7 +222,7 @@ class Scheduler:
         num_blocks = math.ceil(num_tokens / self.kv_cache.block_size) + len(self._running)
         return bool(self.kv_cache.num_free_slots) and self.kv_cache.num_free_blocks >= num_blocks
 
-    def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
+    def _make_room(self, step: StepBuilder, request: Request, num_tokens: int) -> bool:
         """Get the blocks for `num_tokens` more, at the cost of others that are not in this step yet. False: all of
         them, or the step's members, go first; then the request sits this step out and keeps what it has."""
         while not self.kv_cache.allocate(request, num_tokens):
@@ -286,7 +266,7 @@ class Scheduler:
             request = row.request
             request.num_in_flight_tokens -= 1
             if request.state is not RequestState.ENDED:
-                token_ids = _accepted(row, token_ids)
+                token_ids = row.accepted(token_ids)
                 if row.draft_token_ids:
                     num_drafts = len(row.draft_token_ids)
                     self.kv_cache.judge(request, row.start_pos, num_drafts, len(token_ids) - 1)
@@ -366,7 +346,7 @@ class Scheduler:
 
     def _embedded(self, request: Request, pooled: PooledStates, now_s: float) -> wire.RequestOutput:
         vector = pooled.vector()
-        self._stats.on_token(request, now_s)
+        self._stats.on_tokens(request, 1, now_s)
         self._end(request, "error" if vector is None else "stop", now_s)
         if vector is None:
             return wire.Failed(request.request_id, "invalid_embedding", "The model gave no valid hidden states.")
@@ -405,14 +385,6 @@ class Scheduler:
         if not self._by_id:
             assert not self._running and not self._queue and not self._suspects
             self.kv_cache.check_all_free()
-
-
-def _accepted(row: BatchRow, token_ids: list[int]) -> list[int]:
-    """Of the tokens drawn, those drawn after right drafts only, up to the one that ends the request."""
-    for i, draft in enumerate(row.draft_token_ids):
-        if token_ids[i] != draft or draft in row.request.end_token_ids:
-            return token_ids[: i + 1]
-    return token_ids
 
 
 def _progress(row: BatchRow) -> wire.Progress:

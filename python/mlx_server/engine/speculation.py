@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mlx_server.engine.batch import Batch
 from mlx_server.engine.pacing import blend
 from mlx_server.engine.prompt_lookup import TOKENS_AT_ONCE
 from mlx_server.engine.request import Request
@@ -23,11 +24,14 @@ class Speculator:
     def __init__(self) -> None:
         self._step_s: dict[tuple[int, int], float] = {}  # by the bits in the numbers of decodes and of drafts
 
-    def observe(self, num_decodes: int, num_drafts: int, duration_s: float) -> None:
-        """A step without prompts has taken `duration_s`."""
-        key = num_decodes.bit_length(), num_drafts.bit_length()
-        expected_s = self._expected_s(num_decodes, num_drafts)
-        self._step_s[key] = blend(expected_s, duration_s)
+    def observe(self, previous: Batch, launched: Batch, duration_s: float) -> None:
+        """As `PrefillPacer.observe`. A step with drafts is alone; of the others, pairs of decodes tell something."""
+        num_decodes, num_drafts = previous.num_decodes, previous.num_drafts
+        if any(batch.num_prefill_tokens for batch in (previous, launched)):
+            return
+        if num_drafts or (launched.num_decodes == num_decodes and not launched.num_drafts):
+            key = num_decodes.bit_length(), num_drafts.bit_length()
+            self._step_s[key] = blend(self._expected_s(num_decodes, num_drafts), duration_s)
 
     def plan(self, requests: Sequence[Request], limits: Sequence[int]) -> list[tuple[int, ...]] | None:
         """Drafts for each of the requests that decode next, at most `limits` of them. None: drafts would pay, but first
@@ -83,6 +87,8 @@ class Speculator:
 def follow(request: Request) -> None:
     """Let the request's lookup know its newest tokens, or some more of a long prompt."""
     lookup, num_prompt = request.lookup, len(request.prompt_token_ids)
+    if request.max_tokens < 2:
+        return  # nothing follows its first token
     end_pos = min(len(lookup) + TOKENS_AT_ONCE, request.num_known_tokens)
     if len(lookup) < num_prompt:
         lookup.extend(request.prompt_token_ids[len(lookup) : end_pos], drawn=False)
