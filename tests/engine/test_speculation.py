@@ -190,6 +190,16 @@ def test_no_drafts_before_a_plain_step_is_known_nor_over_the_limit() -> None:
     assert speculator_of(1.5).plan([request_in_copy()], [0]) == [()]
 
 
+def test_many_requests_share_the_rows_that_there_is_memory_for() -> None:
+    speculator = Speculator()
+    for num_decodes in 4, 16, 32:
+        requests = [request_in_copy() for _ in range(num_decodes)]
+        rows = [BatchRow(request, 5, 6, True, is_decode=True) for request in requests]
+        speculator.observe(Batch(rows), Batch(rows), 1.0)
+        plan = speculator.plan(requests, [MAX_DRAFTS] * num_decodes)
+        assert plan is not None and num_decodes + sum(map(len, plan)) <= 32
+
+
 def test_the_step_in_flight_is_read_first() -> None:
     request = request_in_copy()
     request.num_in_flight_tokens = 1

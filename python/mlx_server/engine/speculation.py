@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mlx_server.engine.batch import Batch
+from mlx_server.engine.memory import MAX_RUNNING
 from mlx_server.engine.pacing import blend
 from mlx_server.engine.prompt_lookup import TOKENS_AT_ONCE
 from mlx_server.engine.request import Request
@@ -38,8 +39,9 @@ class Speculator:
         the tokens in flight must be known."""
         for request in requests:
             follow(request)
+        share = max(MAX_RUNNING // max(len(requests), 1) - 1, 0)  # the memory for logits is that of so many rows
         chances = [
-            request.lookup.chances(limit, request.num_in_flight_tokens)
+            request.lookup.chances(min(limit, share), request.num_in_flight_tokens)
             if limit and len(request.lookup) == request.num_known_tokens
             else []
             for request, limit in zip(requests, limits, strict=True)
