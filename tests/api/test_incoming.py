@@ -113,6 +113,11 @@ def test_bodies_have_a_size() -> None:
     assert len(body.content) == MAX_BODY_BYTES
 
 
+def test_tiny_chunks_have_a_number() -> None:
+    assert feed(ChunkedBody(), b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n", []) == b""
+    assert status(lambda: feed(ChunkedBody(), b"1\r\na\r\n" * 250_000, [])) == 413
+
+
 def test_trailers_have_a_size() -> None:
     assert status(lambda: feed(ChunkedBody(), b"0\r\n" + b"a: b\r\n" * 5000, [])) == 431
 

@@ -122,7 +122,11 @@ def test_a_client_that_never_reads_ends_the_work(tmp_path: Path) -> None:
 
     with running(tmp_path, ClientLimits(send_s=1)) as process:
         process.engine.script = script
-        process.send(stream=True)
+        connection = process.connect()
+        connection.sock = socket.socket()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or the kernel takes many megabytes
+        connection.sock.connect(("127.0.0.1", process.port))
+        connection.request("POST", CHAT, json.dumps(request(stream=True)), {"content-type": "application/json"})
         until(lambda: process.engine.cancelled, timeout_s=30)
 
 

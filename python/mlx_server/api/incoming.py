@@ -28,6 +28,7 @@ MAX_URI_BYTES = 8 << 10
 MAX_FIELDS = 100
 
 _MAX_LINE_BYTES = 8 << 10  # of a chunk's size with its extensions; of all trailers
+_MAX_FRAMING_BYTES = 1 << 20  # of all chunks' sizes and ends: a body in tiny chunks costs more than its bytes
 _END_OF_HEAD = b"\r\n\r\n"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
@@ -115,7 +116,7 @@ class Connection(Generic[_R]):
         self.received += data
 
     def read_request(self) -> _R | None:
-        """The request with its whole body, if that has come. HttpError if it is none, or too large."""
+        """The request with its whole body, once, when that has come. HttpError if it is none, or too large."""
         if self.request is None:
             head = take_head(self.received)
             if head is None:
@@ -130,6 +131,7 @@ class Connection(Generic[_R]):
         if not self._body.feed(self.received):
             return None
         self.request.body = io.BytesIO(self._body.content)
+        self._body = None  # held once, by the request
         return self.request
 
     def is_late(self, now: float) -> bool:
@@ -238,6 +240,7 @@ class ChunkedBody:
         self.content = bytearray()
         self._expected = "size"  # of a chunk; then its "data", the "end" of its line; after the last one "trailers"
         self._chunk_end = 0  # position in `content` where the chunk ends
+        self._num_framing_bytes = 0
         self._num_trailer_bytes = 0
 
     def feed(self, data: bytearray) -> bool:
@@ -259,6 +262,9 @@ class ChunkedBody:
         return True
 
     def _take_line(self, line: bytes) -> None:
+        self._num_framing_bytes += len(line) + 2
+        if self._num_framing_bytes > _MAX_FRAMING_BYTES:
+            raise too_large()
         if self._expected == "trailers":
             self._num_trailer_bytes += len(line)
             if self._num_trailer_bytes > _MAX_LINE_BYTES:
