@@ -69,6 +69,15 @@ def test_greedy_tokens_are_those_of_transformers(model, fixture, max_batch_token
     assert tokens == {"a": fixture["greedy"]}
 
 
+def test_a_cache_of_eight_bits_gives_the_same_tokens_in_any_batch(model) -> None:
+    def core() -> EngineCore:
+        return make_engine_core(model, MemoryPlan(64, BLOCK_SIZE, 16, 8, num_snapshots=16, kv_bits=8), max_queue=99)
+
+    messages = seeded(model)
+    alone = {name: tokens for message in messages for name, tokens in generate(core(), message).items()}
+    assert generate(core(), *messages, stagger=1) == alone
+
+
 def test_blocks_behind_the_window_serve_other_requests() -> None:
     directory = PARITY / "mistral_swa"
     fixture = np.load(directory / "fixture.npz")
