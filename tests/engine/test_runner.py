@@ -10,6 +10,7 @@ from engine.test_scheduler import API, Collector, run_with_failures
 from mlx_server import wire
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.grammar import Grammars
 from mlx_server.engine.memory import MemoryPlan
 from mlx_server.engine.speculation import Speculator
 from mlx_server.models.base import Model
@@ -44,10 +45,11 @@ def make_core(
     num_blocks: int = 64,
     max_batch_tokens: int = 64,
     max_running: int = 8,
+    grammars: Grammars | None = None,
     speculator: Speculator | None = None,
 ) -> EngineCore:
     plan = MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running, num_snapshots=16)
-    return make_engine_core(model, plan, max_queue=99, speculator=speculator)
+    return make_engine_core(model, plan, grammars=grammars, max_queue=99, speculator=speculator)
 
 
 def generate(core: EngineCore, *messages: wire.Submit, stagger: int = 0) -> dict[str, list[int]]:

@@ -9,7 +9,14 @@ from mlx_server.chat.plan import plan
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import ChatRequest, CompletionRequest, Event
 from mlx_server.engine_client import EngineClient
-from mlx_server.errors import ClientLimitError, GenerationError, OverloadedError, RequestTimeoutError, ServerError
+from mlx_server.errors import (
+    ClientLimitError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestTimeoutError,
+    ServerError,
+)
 from mlx_server.wire import Embedded, Failed
 
 # Failed.code -> when to send it again
@@ -89,6 +96,8 @@ def failure(failed: Failed) -> ServerError:
     """The error that an engine's `Failed` is for the client."""
     if failed.code == "deadline_exceeded":
         return timeout()
+    if failed.code == "invalid_grammar":
+        return InvalidRequestError(failed.message, code=failed.code)
     retry_after_s = _RETRY_AFTER_S.get(failed.code)
     if retry_after_s is None:
         return GenerationError(failed.message, code=failed.code)

@@ -22,7 +22,7 @@ MAX_GBNF_BYTES = 32 << 10  # read by Python, 0.1 s
 MAX_SCHEMA_DEPTH = 64
 _MAX_ERROR_LENGTH = 500
 # In llguidance's units: what it may take to read a grammar, about 0.2 s of one core.
-_LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=200_000)
+LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=200_000, verbose_errors=False)
 # A small model may go on for ever where white space has no end.
 _BOUNDED_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
@@ -186,7 +186,7 @@ def _fault(grammar: str) -> str:
     """What llguidance says against it; empty if nothing."""
     if len(grammar) > MAX_GRAMMAR_BYTES:
         return f"it is larger than {MAX_GRAMMAR_BYTES >> 10} kB"
-    return LLMatcher.validate_grammar(grammar, limits=_LIMITS)
+    return LLMatcher.validate_grammar(grammar, limits=LIMITS)
 
 
 def _invalid(param: str, fault: str) -> InvalidRequestError:

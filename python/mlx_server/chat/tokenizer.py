@@ -122,6 +122,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """As a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def token_id(self, text: str) -> int | None:
         """The id of the token that is `text`, if there is one."""
         return self._tokenizer.token_to_id(text)

@@ -13,6 +13,7 @@ from mlx_server import status
 from mlx_server.config import STACKS_SIGNAL, Launch
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.grammar import Grammars
 from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
 from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.transport import EngineServer
@@ -54,6 +55,7 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     pipe.send(status.Loading("weights"))
     begin = time.monotonic()
     model = load_model(launch.model.path)
+    grammars = Grammars.of_model(Path(launch.model.path), model.vocab_size)  # made while the model warms up
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
     limit, step_bytes = launch.settings.memory_limit, measure_step(model)
@@ -63,6 +65,7 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     core = make_engine_core(
         model,
         plan,
+        grammars=grammars,
         model_name=launch.model.name,
         max_queue=launch.settings.max_queue,
         speculator=Speculator() if launch.settings.speculation == "on" else None,

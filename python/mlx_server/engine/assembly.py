@@ -2,6 +2,7 @@
 
 from mlx_server import wire
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.grammar import Grammars
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.memory import MemoryPlan
 from mlx_server.engine.pacing import PrefillPacer
@@ -19,6 +20,7 @@ def make_engine_core(
     model: Model,
     plan: MemoryPlan,
     *,
+    grammars: Grammars | None = None,
     model_name: str = "",
     max_queue: int | None = None,
     speculator: Speculator | None = None,
@@ -26,6 +28,7 @@ def make_engine_core(
     """An engine that runs `model` in the memory that `plan` gives it.
 
     Args:
+        grammars: compiles those of requests; None: no request may have one.
         model_name: the label of its metrics.
         max_queue: how many requests may wait; None: QUEUED_BATCHES for each that may run.
         speculator: without one there are no drafts.
@@ -52,13 +55,14 @@ def make_engine_core(
     )
     return EngineCore(
         scheduler,
-        ModelRunner(model, plan),
+        ModelRunner(model, plan, grammars),
         info=wire.EngineInfo(
             context_length=min(model.context_length, longest or model.context_length),
             vocab_size=model.vocab_size,
             max_requests=plan.max_running + max_queue,
             limited_by_memory=longest is not None and longest < model.context_length,
         ),
+        grammars=grammars,
         pacer=pacer,
         speculator=speculator,
         stats=stats,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlx_server.engine.pooling import Vector
 from mlx_server.engine.request import Request
 from mlx_server.engine.sampling_state import Draw, SamplingArrays
-from mlx_server.wire import TokenLogprobs
+from mlx_server.wire import Progress, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
 
@@ -57,6 +57,13 @@ class BatchRow:
         return token_ids
 
     @property
+    def progress(self) -> Progress:
+        """Of its request's prompt, once the row is computed."""
+        num_prompt = len(self.request.prompt_token_ids)
+        num_computed = min(self.end_pos, num_prompt)
+        return Progress(self.request.request_id, num_prompt, self.request.num_cached_tokens, num_computed)
+
+    @property
     def num_scored(self) -> int:
         """How many prompt tokens, from start_pos + 1 on, this part gives log-probabilities of."""
         request = self.request
@@ -94,6 +101,11 @@ class Batch:
     def sampling_rows(self) -> list[BatchRow]:
         """The rows whose tokens the step gives, in order."""
         return [row for row in self.rows if row.samples]
+
+    def first_draws(self) -> dict[Request, int]:
+        """Where each sampling row's tokens begin among those that the step draws."""
+        rows = self.sampling_rows
+        return dict(zip([row.request for row in rows], accumulate([0, *(row.num_draws for row in rows)]), strict=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +163,7 @@ class BatchArrays:
         """`previous` is the step before, whose tokens may still be in flight."""
         rows = batch.rows
         total = batch.num_tokens
-        previous_index = _first_draws(previous) if previous else {}
+        previous_index = previous.first_draws() if previous else {}
         token_ids = np.zeros(total, np.int32)
         token_sources = np.arange(total, dtype=np.int32)
         start = 0
@@ -195,12 +207,6 @@ class BatchArrays:
             scored=scored,
             scored_ids=scored_ids,
         )
-
-
-def _first_draws(batch: Batch) -> dict[Request, int]:
-    """Where each sampling row's tokens begin among those that the step draws."""
-    rows = batch.sampling_rows
-    return dict(zip([row.request for row in rows], accumulate([0, *(row.num_draws for row in rows)]), strict=False))
 
 
 def _last_tokens(ends: Ints, counts: list[int]) -> Ints:

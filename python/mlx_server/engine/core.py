@@ -7,6 +7,7 @@ from typing import Protocol
 
 from mlx_server import wire
 from mlx_server.engine.batch import Batch, StepResult
+from mlx_server.engine.grammar import Grammars
 from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.queue import Refusal
@@ -48,14 +49,16 @@ class EngineCore:
         runner: Runner,
         *,
         info: wire.EngineInfo,
+        grammars: Grammars | None = None,
         pacer: PrefillPacer | None = None,
         speculator: Speculator | None = None,
         stats: EngineStats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`scheduler` has the same `pacer`, `speculator` and `stats`."""
+        """`scheduler` has the same `pacer`, `speculator` and `stats`, `runner` the same `grammars`."""
         self._scheduler = scheduler
         self._runner = runner
+        self._grammars = grammars
         self._pacer = pacer
         self._speculator = speculator
         self._stats = stats or EngineStats()
@@ -68,6 +71,11 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return bool(self._scheduler.num_running or self._scheduler.num_waiting or self._runner.in_flight)
+
+    @property
+    def awaits_grammars(self) -> bool:
+        """All work there is waits until its grammars are compiled."""
+        return not self._runner.in_flight and self._scheduler.awaits_grammars
 
     def step(self) -> Outputs:
         start_s = self._clock()
@@ -96,11 +104,16 @@ class EngineCore:
             request = _to_request(connection, message, now_s)
         else:
             request = _to_pooled_request(connection, message, now_s)
+        grammar = message.grammar if isinstance(message, wire.Submit) else None
         fault = self._fault(request)
+        if grammar is not None and self._grammars is None:
+            fault = "this engine has no tokenizer, so it can't enforce a grammar"
         if fault is not None:
             return wire.Failed(request.request_id, "invalid_request", fault)
         refusal = self._scheduler.add(request)
         if refusal is None:
+            if grammar is not None and self._grammars is not None:
+                request.grammar = self._grammars.compile(grammar, request.end_token_ids)
             return None
         self._stats.on_refusal(refusal)
         return wire.Failed(request.request_id, refusal, _REFUSALS[refusal])

@@ -79,7 +79,8 @@ class KVCacheManager:
         """How many tokens, at most `max_tokens`, the request should compute next, once it has skipped those whose KV is
         already there. 0: it is not running, and should wait for what another request is computing."""
         if request.is_decoding:
-            return request.num_uncomputed_tokens
+            num_tokens = request.num_uncomputed_tokens
+            return num_tokens if request.num_redone_tokens else min(num_tokens, max_tokens)
         self._settle(request)
         self._skip_cached(request)
         num_tokens = min(request.num_uncomputed_tokens, max_tokens)

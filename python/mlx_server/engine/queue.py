@@ -111,5 +111,6 @@ class WaitingQueue:
         self._num_tokens -= len(request.prompt_token_ids)
 
     def peek(self) -> Request | None:
-        """Whose turn it is."""
-        return min((own[0] for own in self._by_client.values()), key=self._shares.turn, default=None)
+        """Whose turn it is; None: nobody is ready."""
+        first = (next((request for request in own if request.is_ready), None) for own in self._by_client.values())
+        return min((request for request in first if request), key=self._shares.turn, default=None)

@@ -11,12 +11,16 @@ token_ids (known on the host)          in flight (sampled on the device, not rea
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mlx_server import wire
 from mlx_server.engine.pooling import PooledStates
 from mlx_server.engine.prompt_lookup import PromptLookup
 from mlx_server.engine.sampling_state import SamplingState
 from mlx_server.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from mlx_server.engine.grammar import OutputGrammar
 
 
 class RequestState(enum.Enum):
@@ -41,6 +45,7 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     sampling: SamplingParams
+    grammar: "OutputGrammar | None" = None  # what the output must match
     num_prompt_logprobs: int | None = None  # scores the prompt, with that many alternatives
     pooled: PooledStates | None = None  # of a request for an embedding, which generates nothing
     priority: int = 0  # lower ones are served first
@@ -53,6 +58,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_in_flight_tokens: int = 0
+    num_forced_tokens: int = 0  # by the grammar, after the newest token that was drawn
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
@@ -105,8 +111,15 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the newest token is still to compute, or was still to compute before some drafts were wrong."""
-        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1 + self.num_redone_tokens
+        """Only the newest token is still to compute, or some before it that its grammar has forced or that were
+        computed before some drafts were wrong."""
+        num_more = self.num_redone_tokens or max(self.num_forced_tokens - 1, 0)
+        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens <= 1 + num_more
+
+    @property
+    def is_ready(self) -> bool:
+        """It may run: its grammar is compiled, if it has one."""
+        return self.grammar is None or self.grammar.is_ready
 
     @property
     def awaits_last_token(self) -> bool:
@@ -118,6 +131,35 @@ class Request:
         prompt_end = len(self.prompt_token_ids)
         prompt = self.prompt_token_ids[start_pos:end_pos]
         return prompt + self.output_token_ids[max(start_pos - prompt_end, 0) : max(end_pos - prompt_end, 0)]
+
+    def failure(self, now_s: float) -> wire.Failed | None:
+        """Why it can't go on, or nobody waits for it any more; None: it goes on."""
+        if self.deadline_s <= now_s:
+            message = "The request took longer than its deadline allows."
+            return wire.Failed(self.request_id, "deadline_exceeded", message)
+        if self.grammar is not None and self.grammar.fault:
+            return wire.Failed(self.request_id, "invalid_grammar", self.grammar.fault)
+        return None
+
+    def continuation(self, drawn: list[int]) -> tuple[list[int], bool]:
+        """The new tokens once some are drawn, with a grammar one: these, and what the grammar forces after them; and
+        whether it allows no more."""
+        num_known = len(self.output_token_ids)
+        if self.grammar is None or not self.max_tokens:
+            return drawn if self.max_tokens else [], False
+        (token_id,) = drawn
+        if self.grammar.is_complete_after(num_known):
+            return [], True
+        if token_id in self.end_token_ids:
+            return [token_id], False
+        self.grammar.advance(self.output_token_ids, token_id)
+        forced: list[int] = []
+        if self.sampling.logprobs is None:  # else each is given to a draw of its own, which scores it
+            forced = self.grammar.forced_after(num_known + 1)[: self.max_tokens - num_known - 1]
+        self.num_forced_tokens = len(forced)
+        if forced:
+            self.num_in_flight_tokens = 0  # the token that is being drawn is the first of these
+        return [token_id, *forced], self.grammar.is_complete_after(num_known + 1 + len(forced))
 
     def timings(self) -> wire.Timings:
         """Of a request that has all its tokens."""

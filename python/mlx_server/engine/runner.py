@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_server.engine.batch import Batch, BatchArrays, StepResult
+from mlx_server.engine.grammar import Grammars, constrain
 from mlx_server.engine.memory import MemoryPlan
 from mlx_server.engine.pooling import pooled_range
 from mlx_server.engine.request import Request
@@ -54,9 +55,11 @@ class _Step:
 class ModelRunner:
     """Runs one batch after the other; the newest may be in flight."""
 
-    def __init__(self, model: Model, plan: MemoryPlan) -> None:
+    def __init__(self, model: Model, plan: MemoryPlan, grammars: Grammars | None = None) -> None:
+        """Without `grammars` no request may have one."""
         self._model = model
         self._plan = plan
+        self._grammars = grammars
         self._in_flight: _Step | None = None
         self._allocate()
 
@@ -65,9 +68,12 @@ class ModelRunner:
         return self._in_flight.batch if self._in_flight else None
 
     def run(self, batch: Batch) -> StepResult | None:
-        previous = self._in_flight
-        self._in_flight = self._launch(batch, previous) if batch.rows else None
-        return previous.result() if previous else None
+        previous, result = self._in_flight, None
+        if batch.rows:
+            self._in_flight, result = self._launch(batch, previous)
+        else:
+            self._in_flight = None
+        return result or (previous.result() if previous else None)
 
     def reset(self) -> None:
         self._in_flight = None
@@ -79,18 +85,25 @@ class ModelRunner:
         self._pools = KVPools(self._model.kv_spec, self._plan.num_blocks, self._plan.block_size, self._plan.kv_bits)
         self._states = RecurrentStates(self._model.state_spec, self._plan.max_running + self._plan.num_snapshots)
 
-    def _launch(self, batch: Batch, previous: _Step | None) -> _Step:
+    def _launch(self, batch: Batch, previous: _Step | None) -> tuple[_Step, StepResult | None]:
+        """The new step, and what the one before has given, if that was needed."""
         arrays = BatchArrays.build(batch, previous.batch if previous else None, self._plan.block_size)
         drawn = mx.zeros(0, mx.int32)
         if previous is not None and previous.sampled is not None and arrays.awaits_previous:
             # An invalid token (its request fails when it is read back) must still be a row of the embedding.
             drawn = mx.minimum(previous.sampled.token_ids, self._model.vocab_size - 1).astype(mx.int32)
         hidden = self._forward(arrays, drawn)  # [T, hidden]
-        sampled = self._sample(hidden, arrays, drawn)
+        result, masks = None, None
+        if self._grammars is not None and any(row.request.grammar for row in batch.sampling_rows):
+            # The device computes the model while the host reads the tokens before and says which ones may follow.
+            mx.async_eval(hidden, self._pools.arrays, self._states.conv, self._states.state)
+            result = previous.result() if previous else None
+            masks = self._grammars.masks(constrain(batch, result, arrays.sampling.rows))
+        sampled = self._sample(hidden, arrays, drawn, masks)
         step = _Step(batch, arrays.num_scored, sampled, self._score(hidden, batch, arrays), _pool(hidden, batch))
         pooled = list(step.pooled.values())
         mx.async_eval(step.sampled, step.scores, pooled, self._pools.arrays, self._states.conv, self._states.state)
-        return step
+        return step, result
 
     def _forward(self, arrays: BatchArrays, drawn: mx.array) -> mx.array:
         """The model's hidden states. `drawn`: the tokens of the step before."""
@@ -103,8 +116,10 @@ class ModelRunner:
         self._states.copy(arrays.saved)
         return hidden
 
-    def _sample(self, hidden: mx.array, arrays: BatchArrays, drawn: mx.array) -> Sampled | None:
-        """A token for each of the R draws."""
+    def _sample(
+        self, hidden: mx.array, arrays: BatchArrays, drawn: mx.array, masks: npt.NDArray[np.uint32] | None
+    ) -> Sampled | None:
+        """A token for each of the R draws. `masks` [M, ceil(V / 32)]: what some may choose from."""
         if not arrays.sampled.size:
             return None
         sampling = arrays.sampling
@@ -112,6 +127,7 @@ class ModelRunner:
         if sampling.history_holes.size:
             history[mx.array(sampling.history_holes)] = drawn[mx.array(sampling.hole_sources)]
         tables = SampleTables(
+            masks=None if masks is None else mx.array(masks),
             bias_ids=mx.array(sampling.bias_ids),
             bias_values=mx.array(sampling.bias_values),
             history=history,

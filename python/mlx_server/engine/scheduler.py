@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 from mlx_server import wire
-from mlx_server.engine.batch import Batch, BatchRow, StepResult
+from mlx_server.engine.batch import Batch, StepResult
 from mlx_server.engine.kv_cache import KVCacheManager
 from mlx_server.engine.pacing import PrefillPacer
 from mlx_server.engine.pooling import PooledStates
@@ -69,6 +69,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def awaits_grammars(self) -> bool:
+        """Nothing runs, and none of those that wait is ready."""
+        return bool(self._queue) and not self._running and self._queue.peek() is None
 
     def add(self, request: Request) -> Refusal | None:
         """Queue a request, or say why it may not wait."""
@@ -149,7 +154,7 @@ class Scheduler:
         return self._speculator.plan(decodes, [self._max_drafts(request) for request in decodes])
 
     def _max_drafts(self, request: Request) -> int:
-        if request.num_redone_tokens:
+        if request.num_redone_tokens or request.grammar is not None:
             return 0
         num_wanted = request.max_tokens - len(request.output_token_ids) - request.num_in_flight_tokens
         limit = self.kv_cache.max_drafts(request)
@@ -157,9 +162,11 @@ class Scheduler:
 
     def _schedule_decodes(self, step: StepBuilder, decodes: list[Request], drafts: list[tuple[int, ...]]) -> None:
         for request, its_drafts in zip(decodes, drafts, strict=True):
-            num_tokens = request.num_uncomputed_tokens
-            if request.state is not RequestState.RUNNING or num_tokens > step.budget:
+            if request.state is not RequestState.RUNNING or not step.budget:
                 continue  # it may have given way to one before it
+            num_tokens = self.kv_cache.next_chunk(request, step.budget)
+            if num_tokens > step.budget:
+                continue
             its_drafts = its_drafts[: min(step.budget - num_tokens, self._max_drafts(request))]
             if its_drafts and self.kv_cache.allocate(request, num_tokens + len(its_drafts)):
                 step.add(request, num_tokens, its_drafts)
@@ -244,14 +251,19 @@ class Scheduler:
 
     def update(self, result: StepResult | None, now_s: float = 0.0) -> Outputs:
         """Take in the tokens of a computed step, and the time; what the requests' owners are to be told."""
-        outputs = self._expire(now_s)
-        if result is None:
-            return outputs
+        outputs: Outputs = [] if result is None else self._take(result, now_s)
+        failed = [(request, failure) for request in self._by_id.values() if (failure := request.failure(now_s))]
+        for request, failure in failed:
+            self._end(request, "error" if failure.code == "invalid_grammar" else "abort", now_s)
+            outputs.append((request.connection, failure))
+        return outputs
+
+    def _take(self, result: StepResult, now_s: float) -> Outputs:
         self._clear_suspects(result.batch)
         if result.batch.num_drafts:
             self._awaits_drafts = False
-        outputs += [
-            (row.request.connection, _progress(row))
+        outputs: Outputs = [
+            (row.request.connection, row.progress)
             for row in result.batch.rows
             if row.request.progress and row.is_prompt and row.request.state is not RequestState.ENDED
         ]
@@ -264,6 +276,8 @@ class Scheduler:
         drawn = zip(result.batch.sampling_rows, result.token_ids, result.logprobs, strict=True)
         for row, token_ids, logprobs in drawn:
             request = row.request
+            if row.certain_end_pos < request.num_known_tokens:
+                continue  # the grammar had forced this token already
             request.num_in_flight_tokens -= 1
             if request.state is not RequestState.ENDED:
                 token_ids = row.accepted(token_ids)
@@ -292,6 +306,8 @@ class Scheduler:
                 self._suspects.append(request)
         for request in self._by_id.values():  # also of one that was preempted with a token in flight
             request.num_in_flight_tokens = 0
+            if request.grammar is not None:
+                request.grammar.rewind()
         for request in list(self._running):
             self._preempt(request)
         self.kv_cache.clear()
@@ -319,13 +335,16 @@ class Scheduler:
             return self._embedded(request, request.pooled, now_s)
         is_first = not request.output_token_ids
         prompt_logprobs = request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None
-        self._stats.on_tokens(request, len(token_ids), now_s)
-        token_ids = token_ids if request.max_tokens else []
+        self._stats.num_accepted_tokens += len(token_ids) - 1
+        token_ids, is_complete = request.continuation(token_ids)
         request.output_token_ids += token_ids
+        self._stats.on_tokens(request, len(token_ids), now_s)
         reason: wire.FinishReason | None = None
         stop_token_id: int | None = None
-        if request.max_tokens and last_token_id in request.end_token_ids:
+        if token_ids and last_token_id in request.end_token_ids:
             reason, stop_token_id, token_ids = "stop", last_token_id, token_ids[:-1]
+        elif is_complete:
+            reason = "stop"
         elif len(request.output_token_ids) == request.max_tokens:
             reason = "length"
         its_logprobs = None if logprobs is None else logprobs[: len(token_ids)]
@@ -346,20 +365,11 @@ class Scheduler:
 
     def _embedded(self, request: Request, pooled: PooledStates, now_s: float) -> wire.RequestOutput:
         vector = pooled.vector()
-        self._stats.on_tokens(request, 1, now_s)
+        self._stats.on_tokens(request, 0, now_s)
         self._end(request, "error" if vector is None else "stop", now_s)
         if vector is None:
             return wire.Failed(request.request_id, "invalid_embedding", "The model gave no valid hidden states.")
         return wire.Embedded(request.request_id, vector.tobytes())
-
-    def _expire(self, now_s: float) -> Outputs:
-        """End what nobody waits for any more."""
-        outputs: Outputs = []
-        for request in [request for request in self._by_id.values() if request.deadline_s <= now_s]:
-            self._end(request, "abort", now_s)
-            message = "The request took longer than its deadline allows."
-            outputs.append((request.connection, wire.Failed(request.request_id, "deadline_exceeded", message)))
-        return outputs
 
     def _end(self, request: Request, reason: EndReason, now_s: float) -> None:
         """Blocks go back at once, though a step in flight may still write to them: steps run in order on the device,
@@ -385,10 +395,3 @@ class Scheduler:
         if not self._by_id:
             assert not self._running and not self._queue and not self._suspects
             self.kv_cache.check_all_free()
-
-
-def _progress(row: BatchRow) -> wire.Progress:
-    num_prompt = len(row.request.prompt_token_ids)
-    return wire.Progress(
-        row.request.request_id, num_prompt, row.request.num_cached_tokens, min(row.end_pos, num_prompt)
-    )

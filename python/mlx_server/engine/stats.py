@@ -82,7 +82,7 @@ class EngineStats(Collector):
         self._num_output_tokens = 0
         self._num_drafts = 0  # rows with drafts
         self._num_draft_tokens = 0
-        self._num_accepted_tokens = 0
+        self.num_accepted_tokens = 0
         self._num_prompt_tokens = 0
         self._ends: Counter[EndReason] = Counter()
         self._refusals: Counter[str] = Counter()
@@ -102,8 +102,7 @@ class EngineStats(Collector):
 
     def on_tokens(self, request: Request, num_tokens: int, now_s: float) -> None:
         """A request's newest tokens, all of one step, are known; stamps the request."""
-        self._num_output_tokens += num_tokens if request.max_tokens else 0
-        self._num_accepted_tokens += num_tokens - 1
+        self._num_output_tokens += num_tokens
         if request.last_token_s is None:
             request.first_token_s = now_s
             self._ttft.observe(now_s - request.arrived_s)
@@ -174,7 +173,7 @@ class EngineStats(Collector):
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", self._num_prefix_hits),
             ("vllm:spec_decode_num_drafts", "Times that tokens were guessed.", self._num_drafts),
             ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", self._num_draft_tokens),
-            ("vllm:spec_decode_num_accepted_tokens", "Of these, right and sent.", self._num_accepted_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Of these, right and sent.", self.num_accepted_tokens),
             ("mlx_server:prefill_tokens", "Tokens computed as part of a prompt.", self._num_prefill_tokens),
             ("mlx_server:decode_tokens", "Tokens computed one a step.", self._num_decode_tokens),
             ("mlx_server:failed_steps", "Steps that could not be computed.", self._num_failed_steps),

@@ -14,6 +14,8 @@ from mlx_server.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
+_COMPILE_POLL_MS = 1  # how often to look whether a grammar is compiled, if there is nothing else to do
+
 
 class EngineServer:
     """Serves the API processes that connect to `address` (wire.py says how).
@@ -41,7 +43,9 @@ class EngineServer:
 
     def serve_once(self, timeout_ms: int) -> None:
         """Take in what has arrived, waiting for it if there is nothing else to do; then one step."""
-        if self._socket.poll(0 if self._core.has_work else timeout_ms):
+        if self._core.has_work:
+            timeout_ms = _COMPILE_POLL_MS if self._core.awaits_grammars else 0
+        if self._socket.poll(timeout_ms):
             self._receive_all()
         if self._core.has_work:
             self._send_outputs(self._step())
