@@ -35,6 +35,7 @@ def test_ready_means_that_a_request_succeeds():
         assert get(url + "/health") == b"first last"
         assert re.search(r"Model +m\n.*Context +7 tokens\n.*Ready", server.out, re.DOTALL)
         assert f"OPENAI_BASE_URL={url}/v1" in server.out
+        assert f"ANTHROPIC_BASE_URL={url} " in server.out
         assert f"curl {url}/v1/chat/completions" in server.out
         assert "Warning" not in server.out
         [run_dir] = server.run_dirs

@@ -41,5 +41,6 @@ class Screen:
         client_key = '"$MLX_SERVER_API_KEY"' if has_key else "none"
         self.line("Ready", url, "bold green")
         self.line("OpenAI", f"OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={client_key}")
+        self.line("Anthropic", f"ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY={client_key}")
         headers = f"-H 'content-type: application/json'{key_header}"
         self.line("Try", f"curl {shlex.quote(url + '/v1/chat/completions')} {headers} -d {shlex.quote(_EXAMPLE_BODY)}")
