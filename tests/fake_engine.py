@@ -19,6 +19,7 @@ import zmq
 from mlx_server.api.app import create_app
 from mlx_server.api.deps import Deps
 from mlx_server.api.middleware import AccessLog
+from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.engine_client import EngineClient
 from mlx_server.errors import OverloadedError
@@ -283,6 +284,7 @@ class Backend:
 
     def __init__(self, folder: Path) -> None:
         self.address = f"ipc://{folder}/engine"
+        self.responses = ResponseStore(folder / "responses")
         self.engine = FakeEngine(self.address)
         self.client = EngineClient(self.address)
         self.client.start()
@@ -293,7 +295,7 @@ class Backend:
         until(self._is_ready)
 
     def app(self, **changes: Any) -> AccessLog:
-        return create_app(fake_deps(self.client, **changes))
+        return create_app(fake_deps(self.client, **({"responses": self.responses} | changes)))
 
     def restart_engine(self) -> None:
         self.engine.stop()

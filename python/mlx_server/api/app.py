@@ -14,6 +14,7 @@ from mlx_server.api.models import ModelById, Models
 from mlx_server.api.openai.chat import ChatCompletions
 from mlx_server.api.openai.completions import Completions
 from mlx_server.api.openai.embeddings import Embeddings
+from mlx_server.api.openai.responses import ResponseById, Responses
 from mlx_server.api.openapi import Docs, OpenApi
 from mlx_server.api.tokenize import ApplyTemplate, Detokenize, Tokenize
 
@@ -48,6 +49,8 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/v1/models/{name:path}": ModelById(deps),
         "/v1/chat/completions": ChatCompletions(deps),
         "/v1/completions": Completions(deps),
+        "/v1/responses": Responses(deps),
+        "/v1/responses/{response_id}": ResponseById(deps),
         "/v1/messages": Messages(deps),
         "/v1/messages/count_tokens": CountTokens(deps),
         "/v1/embeddings": Embeddings(deps),

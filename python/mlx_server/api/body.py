@@ -1,6 +1,7 @@
 """Request bodies: size, type and strict JSON, checked before any field is looked at."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -40,11 +41,20 @@ def decode_body(req: falcon.Request, resp: falcon.Response, decoder: msgspec.jso
         raise InvalidRequestError("The body is not valid JSON in UTF-8.", code="invalid_json") from None
     if _is_deep(everything):
         raise InvalidRequestError(f"The body nests more than {_MAX_DEPTH} levels deep.", code="invalid_json")
-    if ignored := unknown_fields(everything, decoder.type):
-        if strict:
-            raise InvalidRequestError(f"`{ignored[0]}`: unknown field.", param=ignored[0], code="unknown_field")
-        resp.set_header(IGNORED_HEADER, ", ".join(quote(path, safe="[]") for path in ignored))
+    name_ignored(resp, unknown_fields(everything, decoder.type), strict=strict)
     return value
+
+
+def name_ignored(resp: falcon.Response, paths: Sequence[str], *, strict: bool) -> None:
+    """Name in the answer's header what of the request is ignored; with `strict` it is an error."""
+    if not paths:
+        return
+    if strict:
+        raise InvalidRequestError(f"`{paths[0]}`: unknown field.", param=paths[0], code="unknown_field")
+    names = [quote(path, safe="[]") for path in paths]
+    if (earlier := resp.get_header(IGNORED_HEADER)) is not None:
+        names.insert(0, earlier)
+    resp.set_header(IGNORED_HEADER, ", ".join(names))
 
 
 def decode_query(req: falcon.Request, type_: type[_T]) -> _T:

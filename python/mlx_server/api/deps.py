@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.api.rate_limit import RateLimiter
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.engine_client import EngineClient
@@ -24,6 +25,7 @@ class Deps:
     allowed_origins: tuple[str, ...] = ()  # of web pages
     strict: bool = False  # a field that the API does not have is an error
     rate_limiter: RateLimiter | None = None
+    responses: ResponseStore | None = None  # that later requests may refer to; None: nothing is kept
     pulse: Pulse | None = None  # of the engine's loop
 
     def check_model(self, name: str) -> None:

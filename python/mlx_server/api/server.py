@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -48,6 +49,7 @@ from mlx_server.api.incoming import (
     headers_too_large,
 )
 from mlx_server.api.middleware import HEALTH_PATHS, AccessLog
+from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.api.rate_limit import RateLimiter
 from mlx_server.chat.served_model import ServedModel, load_served_model
 from mlx_server.config import Launch, ResolvedModel
@@ -118,7 +120,8 @@ class Server(BaseApplication):  # type: ignore[misc]
     def load(self) -> AccessLog:
         """Make the application; called in each worker."""
         settings = self._launch.settings
-        _end_with_supervisor()
+        responses_dir = self._run_dir / "responses"
+        _end_with_supervisor(responses_dir)
         self.engine = EngineClient(self._launch.engine_address)
         self.engine.start()
         limiter = RateLimiter(self._run_dir / "rate_limit", settings.rate_limit) if settings.rate_limit else None
@@ -135,6 +138,7 @@ class Server(BaseApplication):  # type: ignore[misc]
                 allowed_origins=settings.allowed_origins,
                 strict=settings.strict,
                 rate_limiter=limiter,
+                responses=ResponseStore(responses_dir),
                 pulse=Pulse(self._run_dir),
             )
         )
@@ -377,10 +381,11 @@ class _Log(Logger):  # type: ignore[misc]
         self.error_log.propagate = True
 
 
-def _end_with_supervisor() -> None:
+def _end_with_supervisor(private: Path) -> None:
     """End the whole API process at once when the supervisor is gone: only it holds the other end of standard input.
 
-    Each worker watches for itself and for the arbiter, which must have no threads.
+    Each worker watches for itself and for the arbiter, which must have no threads. The folder `private` holds what
+    users wrote, and goes too.
     """
     if not stat.S_ISFIFO(os.fstat(0).st_mode):
         return  # started by hand
@@ -389,6 +394,7 @@ def _end_with_supervisor() -> None:
     def watch() -> None:
         while os.read(0, 1):
             pass
+        shutil.rmtree(private, ignore_errors=True)
         os.kill(arbiter, signal.SIGKILL)
         os._exit(1)
 

@@ -119,7 +119,7 @@ class ChatWriter:
             match event:
                 case TextDelta():
                     text += event.text
-                    logprobs += _to_logprobs(event.logprobs or [])
+                    logprobs += to_logprobs(event.logprobs or [])
                 case ReasoningDelta():
                     thoughts += event.text
                 case ToolCallStart():
@@ -167,7 +167,7 @@ class ChatWriter:
         delta: dict[str, Any] = {}
         match event:
             case TextDelta():
-                logprobs = Logprobs(_to_logprobs(event.logprobs or [])) if self._has_logprobs else None
+                logprobs = Logprobs(to_logprobs(event.logprobs or [])) if self._has_logprobs else None
                 choice = ChunkChoice(index=event.index, delta={"content": event.text}, logprobs=logprobs)
                 return self._chunk(choice)
             case ReasoningDelta():
@@ -201,7 +201,7 @@ class ChatWriter:
         return frame(_encode(msgspec.structs.replace(self._template, choices=[choice])))
 
 
-def _to_logprobs(logprobs: Iterable[TokenLogprobs]) -> list[TokenLogprob]:
+def to_logprobs(logprobs: Iterable[TokenLogprobs]) -> list[TokenLogprob]:
     return [
         TokenLogprob(
             scored.token.text,
