@@ -11,13 +11,14 @@ from mlx_server.engine.speculation import Speculator
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
 
-ANSWER_TOKENS = 200
 TEXT = """The harbour town of Ellerby lies where the river Marn meets the sea. Its market is held each Thursday, \
 and people come from as far as Stonebridge to buy fish, rope and lamp oil. In 1843 a storm took the old lighthouse, \
 and the council asked an engineer from the north, Miss Adelaide Crane, to build a new one. She chose granite from the \
 quarry at Hallow Hill, had it cut into blocks of one ton, and set them without mortar. The work took four winters. \
 When the lamp was lit for the first time, the fishermen of Ellerby rowed out beyond the bar to see it, and sang."""
 EDIT = f"Repeat this text word for word, but write Northby instead of Ellerby:\n\n{TEXT}"
+# The answer's begin is given: so small a model does not do as it is told otherwise. It leaves out a sentence or two.
+BEGUN = "The harbour town of Northby lies where the river Marn"
 CHAT = [
     "Why is the sky blue?",
     "Tell me a story about a fox who learns to read.",
@@ -28,12 +29,15 @@ CHAT = [
     "Give me advice for my first day at a new job.",
     "How does a sailing boat move against the wind?",
 ]
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, seed=1)
+# Questions, begin of the answers, their tokens.
 TASKS = {
-    "edit": ([EDIT], SamplingParams(temperature=0.0)),
-    "edit, 4 at once": ([EDIT] * 4, SamplingParams(temperature=0.0)),
-    "chat": (CHAT[:2], SamplingParams(temperature=0.0)),
-    "chat, sampled": (CHAT[:2], SamplingParams(temperature=0.7, top_p=0.9, seed=1)),
-    "chat, 8 at once": (CHAT, SamplingParams(temperature=0.7, top_p=0.9, seed=1)),
+    "edit": ([EDIT], BEGUN, 75, GREEDY),
+    "edit, 4 at once": ([EDIT] * 4, BEGUN, 75, GREEDY),
+    "chat": (CHAT[:1], "", 150, GREEDY),
+    "chat, sampled": (CHAT[:1], "", 150, SAMPLED),
+    "chat, 8 at once": (CHAT, "", 150, SAMPLED),
 }
 
 
@@ -51,15 +55,18 @@ def tokenizer(demo_gguf):
 @pytest.mark.parametrize("task", TASKS)
 def bench_speculation(benchmark, model, tokenizer, task, speculation):
     core = make_engine_core(model, plan_memory(model), speculator=Speculator() if speculation == "on" else None)
-    texts, sampling = TASKS[task]
+    questions, begun, num_tokens, sampling = TASKS[task]
     benchmark.group = task
-    prompts = [tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+    prompts = [
+        tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{begun}")
+        for question in questions
+    ]
 
     def complete() -> None:
         for i, prompt in enumerate(prompts):
-            assert core.submit(b"", wire.Submit(str(i), prompt, ANSWER_TOKENS, [], sampling)) is None
+            assert core.submit(b"", wire.Submit(str(i), prompt, num_tokens, [], sampling)) is None
         while core.has_work:
             core.step()
 
     benchmark.pedantic(complete, rounds=5, warmup_rounds=1)
-    benchmark.extra_info["tokens_per_s"] = round(len(prompts) * ANSWER_TOKENS / benchmark.stats.stats.min, 1)
+    benchmark.extra_info["tokens_per_s"] = round(len(prompts) * num_tokens / benchmark.stats.stats.min, 1)

@@ -10,7 +10,7 @@ from operator import mul
 TOKENS_AT_ONCE = 2048  # indexed in one step: a long prompt that is found in the cache must not hold up the others
 WEIGHT = 0.1  # of the newest guess in a hit rate
 # How often the next guess is right, by how many in a row were: before a request's own guesses have told better.
-FIRST_HIT_RATES = (0.3, 0.5, 0.65, 0.75, 0.85)
+FIRST_HIT_RATES = (0.2, 0.4, 0.6, 0.75, 0.85)
 
 
 class PromptLookup:

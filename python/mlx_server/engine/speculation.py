@@ -9,8 +9,9 @@ from mlx_server.engine.prompt_lookup import TOKENS_AT_ONCE
 from mlx_server.engine.request import Request
 
 MAX_DRAFTS = 7  # of a request: with its newest token 8 rows, up to which kernels compute row by row
-LEAST_GAIN = 1.1  # tokens a second, over those of a plain step: less is within what is known of either
-LEAST_CHANCES = (0.8, 0.5, 0.25)  # of the last draft to be right, tried in turn
+LEAST_GAIN = 1.2  # tokens a second, over those of a plain step: less is within what is known of either
+LEAST_CHANCE = 0.3  # of a draft to be right, with those before it
+LENGTHS = (1, 3, MAX_DRAFTS)  # with the newest token powers of two: where the cost of a row leaps, it leaps there
 FIRST_COST = 0.125  # of a draft, as a share of a plain step's time, before one is measured
 FORGET = 0.99  # a cost that forbids drafts is believed a little less each time, so that it is measured again
 
@@ -50,19 +51,18 @@ class Speculator:
         nothing: list[tuple[int, ...]] = [()] * len(requests)
         if plain_s is None or not any(chances):
             return nothing
-        gains = [(self._gain(plain_s, chances, least), least) for least in LEAST_CHANCES]
-        gain, least = max(gains)
+        gain, length = max((self._gain(plain_s, chances, length), length) for length in LENGTHS)
         if gain < LEAST_GAIN:
             self._forget(len(requests), chances)
             return nothing
         if any(request.num_in_flight_tokens for request in requests):
             return None
-        counts = [_count(of_request, least) for of_request in chances]
+        counts = [_count(of_request, length) for of_request in chances]
         return [request.lookup.drafts(count) for request, count in zip(requests, counts, strict=True)]
 
-    def _gain(self, plain_s: float, chances: list[list[float]], least: float) -> float:
-        """Tokens a second with all drafts whose chance is `least`, over those without."""
-        counts = [_count(of_request, least) for of_request in chances]
+    def _gain(self, plain_s: float, chances: list[list[float]], length: int) -> float:
+        """Tokens a second with at most `length` drafts for each request, over those without."""
+        counts = [_count(of_request, length) for of_request in chances]
         num_drafts, num_decodes = sum(counts), len(chances)
         if not num_drafts:
             return 0.0
@@ -79,8 +79,8 @@ class Speculator:
         return plain_s * (1 + FIRST_COST * num_drafts)
 
     def _forget(self, num_decodes: int, chances: list[list[float]]) -> None:
-        for least in LEAST_CHANCES:
-            num_drafts = sum(_count(of_request, least) for of_request in chances)
+        for length in LENGTHS:
+            num_drafts = sum(_count(of_request, length) for of_request in chances)
             key = num_decodes.bit_length(), num_drafts.bit_length()
             if num_drafts and key in self._step_s:
                 self._step_s[key] *= FORGET
@@ -98,6 +98,6 @@ def follow(request: Request) -> None:
         lookup.extend(request.output_token_ids[len(lookup) - num_prompt : end_pos - num_prompt], drawn=True)
 
 
-def _count(chances: list[float], least: float) -> int:
-    """How many drafts have at least this chance; chances fall."""
-    return sum(chance >= least for chance in chances)
+def _count(chances: list[float], length: int) -> int:
+    """How many of the first `length` drafts are worth a try; chances fall."""
+    return sum(chance >= LEAST_CHANCE for chance in chances[:length])
