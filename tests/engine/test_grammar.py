@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from llguidance import LLTokenizer
 
+from engine.guesses import known_answers
 from engine.test_runner import PARITY, OutOfMemory, make_core
 from engine.test_scheduler import API, Collector, run_with_failures
 from grammars import END, TinyGrammars, text_of
@@ -133,11 +134,13 @@ def alone(model: Model, grammars: Grammars) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("limits", [{}, {"num_blocks": 9}, {"max_batch_tokens": 5}, {"max_running": 2}], ids=str)
+@pytest.mark.parametrize("speculates", [False, True])
 def test_company_changes_nothing(
-    model: Model, grammars: Grammars, alone: dict[str, list[int]], limits: dict[str, int]
+    model: Model, grammars: Grammars, alone: dict[str, list[int]], limits: dict[str, int], speculates: bool
 ) -> None:
-    """Also when requests are preempted and their prompts are cut into chunks."""
-    collector = run(make_core(model, grammars=grammars, **limits), *all_kinds())
+    """Also when requests are preempted, their prompts are cut into chunks, and those without a grammar have drafts."""
+    drafts = known_answers(alone, model.vocab_size) if speculates else None
+    collector = run(make_core(model, grammars=grammars, speculator=drafts, **limits), *all_kinds())
     assert collector.tokens == alone
 
 
@@ -209,7 +212,7 @@ def test_min_tokens_and_missing_end_tokens_leave_a_complete_output_alone(core: E
 
 
 def test_min_tokens_keeps_a_grammar_going(core: EngineCore) -> None:
-    (collector,) = [run(core, submit("a", LETTERS, 60, min_tokens=20, logit_bias={END: 50.0}))]
+    collector = run(core, submit("a", LETTERS, 60, min_tokens=20, logit_bias={END: 50.0}))
     end = finished(collector, "a")
     assert (end.num_output_tokens, end.stop_token_id) == (21, END)
     assert re.fullmatch("[a-z ]{20,}", text_of(collector.tokens["a"]))

@@ -1,6 +1,7 @@
 """Parameters of sampling on a real (tiny) model, alone, two by two, and beside a plain neighbour."""
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ import pytest
 from engine.guesses import known_answers
 from engine.test_runner import GREEDY, make_core
 from engine.test_scheduler import API, Collector
+from grammars import TOKENS, TinyGrammars, text_of
 from mlx_server import wire
+from mlx_server.chat.grammar import text_grammar
+from mlx_server.chat.types import Regex
 from mlx_server.models.base import Model
 from mlx_server.models.loader import load_model
 from mlx_server.sampling_params import SamplingParams
@@ -52,7 +56,7 @@ class Answer:
 
 def answers(model: Model, *messages: wire.Submit, **core: Any) -> list[Answer]:
     """What the requests get, all in one engine."""
-    engine = make_core(model, **core)
+    engine = make_core(model, grammars=TinyGrammars(model.vocab_size), **core)
     collector = Collector()
     logprobs: dict[str, list[wire.TokenLogprobs]] = {message.request_id: [] for message in messages}
     prompt_logprobs: dict[str, list[wire.TokenLogprobs]] = {}
@@ -135,6 +139,8 @@ class Feature:
     holds: Callable[[Answer], bool] = lambda answer: True  # beside the tokens, which are the oracle's
 
 
+WORDS = text_grammar(Regex(pattern="[a-z ]*", param=""))
+WORD_TOKENS = frozenset(i for i, token in enumerate(TOKENS) if re.fullmatch(b"[a-z ]+", token))
 DRAW = {"temperature": 1.2, "seed": 2**63 + 5}
 FEATURES = {
     "seed": Feature(DRAW),
@@ -156,6 +162,9 @@ FEATURES = {
     "logprobs": Feature({"logprobs": 4}, holds=lambda a: all(len(entry.top_ids) == 4 for entry in a.logprobs)),
     "processed_logprobs": Feature(
         {"logprobs": 4, "processed_logprobs": True}, holds=lambda a: all(entry.logprob <= 0 for entry in a.logprobs)
+    ),
+    "grammar": Feature(
+        fields={"grammar": WORDS}, holds=lambda a: re.fullmatch("[a-z ]*", text_of(a.token_ids)) is not None
     ),
     "prompt_logprobs": Feature(fields={"prompt_logprobs": 1}, holds=lambda a: a.prompt_logprobs is not None),
 }
@@ -193,6 +202,7 @@ def expected(logits: npt.NDArray[np.float32], message: wire.Submit, output: list
         Params(
             **shared,
             bias=bias,
+            allowed=None if message.grammar is None else WORD_TOKENS.union(message.end_token_ids),
             history=history,
             num_output=len(output),
             breakers=params.dry_sequence_breakers,
