@@ -1,6 +1,8 @@
 """A real server on the demo model, as a user starts it."""
 
+import re
 import sys
+import urllib.request
 from pathlib import Path
 
 from openai import OpenAI
@@ -21,3 +23,12 @@ def start(*args: str) -> ServerProcess:
 def connect(server: ServerProcess, api_key: str = "none") -> OpenAI:
     """openai's client, once the server is ready. It does not repeat what fails."""
     return OpenAI(base_url=f"{server.url()}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    """A gauge or counter of /metrics."""
+    with urllib.request.urlopen(f"{server.url()}/metrics", timeout=60) as response:
+        text = response.read().decode()
+    found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found[1])

@@ -1,27 +1,17 @@
 """A real server with more requests than it can run."""
 
 import contextlib
-import re
 import threading
-import urllib.request
 
 import pytest
 from openai import RateLimitError
 
-from e2e_server import PARIS, STORY, connect, start
-from server_process import ServerProcess, until
+from e2e_server import PARIS, STORY, connect, metric, start
+from server_process import until
 
 pytestmark = pytest.mark.model
 
 NUM_SLOTS = 32
-
-
-def metric(server: ServerProcess, name: str) -> float:
-    with urllib.request.urlopen(f"{server.url()}/metrics", timeout=60) as response:
-        text = response.read().decode()
-    found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
-    assert found is not None, text
-    return float(found[1])
 
 
 def test_a_client_that_fills_its_share_of_the_queue_is_told_to_wait():
