@@ -314,6 +314,17 @@ def test_the_supervisors_death_ends_the_process(tmp_path: Path) -> None:
         process.process.wait(20)
 
 
+def test_kept_responses_go_with_the_supervisor(tmp_path: Path) -> None:
+    with running(tmp_path) as process:
+        response = process.openai().responses.create(model="tiny", input="Hi")
+        kept = tmp_path / "responses"
+        assert [path.name for path in kept.iterdir()] == [response.id]
+        lifeline = process.lifeline
+        process.lifeline = os.open(os.devnull, os.O_RDONLY)
+        os.close(lifeline)
+        until(lambda: not kept.exists())
+
+
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     with running(tmp_path) as process:
         process.engine.script = silent

@@ -9,7 +9,7 @@ import falcon
 import msgspec
 
 from mlx_server.api.errors import HttpError
-from mlx_server.api.unknown_fields import unknown_fields
+from mlx_server.api.unknown_fields import MAX_NAMED, unknown_fields
 from mlx_server.errors import InvalidRequestError
 
 MAX_BODY_BYTES = 8 << 20
@@ -51,7 +51,7 @@ def name_ignored(resp: falcon.Response, paths: Sequence[str], *, strict: bool) -
         return
     if strict:
         raise InvalidRequestError(f"`{paths[0]}`: unknown field.", param=paths[0], code="unknown_field")
-    names = [quote(path, safe="[]") for path in paths]
+    names = [quote(path, safe="[]") for path in paths[:MAX_NAMED]]
     if (earlier := resp.get_header(IGNORED_HEADER)) is not None:
         names.insert(0, earlier)
     resp.set_header(IGNORED_HEADER, ", ".join(names))

@@ -48,10 +48,10 @@ class ResponseStore:
             with os.fdopen(file, "wb") as writer:
                 writer.write(msgspec.json.encode(stored))
             unfinished.rename(path)
+            self._evict()
         except OSError as error:
             log.warning("a response could not be kept: %s", error.strerror)
             unfinished.unlink(missing_ok=True)
-        self._evict()
 
     def get(self, response_id: str) -> StoredResponse | None:
         """The answer, if it is still there; it then counts as just used."""
