@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fake_engine import fake_model
 from mlx_server.api.openai.responses_request import ignored_tools, to_chat_request, to_items
@@ -173,7 +175,8 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
         ({"input": None}, "input"),
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input"),
-        ({"input": "a\0"}, "input[0].content"),
+        ({"input": "a\0"}, "input"),
+        ({"input": [message("user", "a", "b\0")]}, "input[0].content[1]"),
         ({"input": [{"type": "message", "content": "a"}]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0].type"),
@@ -207,3 +210,31 @@ def test_what_is_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as error:
         translate(**fields)
     assert error.value.param == param and param in error.value.message
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KINDS = [None, "message", "function_call", "function_call_output", "reasoning", "item_reference", "x"]
+ITEMS = st.fixed_dictionaries(
+    {"type": st.sampled_from(KINDS), "id": st.none() | st.text(max_size=5)},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "robot"]),
+        "content": st.text(max_size=5) | VALUES,
+        "call_id": st.text(max_size=5),
+        "name": st.text(max_size=5),
+        "arguments": st.text(max_size=5),
+        "output": st.text(max_size=5) | VALUES,
+    },
+)
+
+
+@given(fields=st.dictionaries(st.sampled_from(ResponsesRequest.__struct_fields__), VALUES, max_size=4), items=ITEMS)
+def test_any_fields(fields: dict[str, Any], items: dict[str, Any]) -> None:
+    try:
+        request = translate(**({"input": [items]} | fields))
+    except (InvalidRequestError, msgspec.ValidationError):
+        return
+    assert request.messages and request.max_tokens >= 1

@@ -26,6 +26,7 @@ def to_items(body: wire.ResponsesRequest, store: ResponseStore | None) -> list[w
             raise InvalidRequestError(fault, param="previous_response_id", code=code)
         items += previous.items
     if isinstance(body.input, str):
+        refuse_nul(body.input, "input")
         return [*items, wire.InputItem(type="message", role="user", content=body.input)]
     return items + [_resolve(item, f"input[{i}]", store) for i, item in enumerate(body.input or [])]
 
