@@ -161,25 +161,22 @@ void Candidates::take(const Logits& logits, float temperature, float lowest) {
 // entropy. Information is -log p = |scaled| + a constant, so the closest are those whose |scaled| is nearest to its
 // mean.
 void Candidates::keep_typical(float p) {
-  double total = 0, sum = 0;
+  const Information information = kernels_.information(scratch_.keys.data(), scratch_.weights.data(), size_, end_);
+  const float mean = static_cast<float>(information.weighted_distance / information.weight);
+  scratch_.keys.swap(scratch_.distances);  // now `distances` has the keys, and `keys` the distances from the mean
+  const Key before = end_;
+  Key *distances = scratch_.keys.data(), *keys = scratch_.distances.data();
   for (std::size_t i = 0; i < size_; ++i) {
-    if (scratch_.keys[i] < end_ && scratch_.weights[i] > 0) {
-      total += scratch_.weights[i];
-      sum += static_cast<double>(scratch_.weights[i]) * std::bit_cast<float>(scratch_.keys[i]);
-    }
-  }
-  const float mean = static_cast<float>(sum / total);
-  scratch_.original_keys.assign(scratch_.keys.begin(), scratch_.keys.begin() + static_cast<std::ptrdiff_t>(size_));
-  for (std::size_t i = 0; i < size_; ++i) {
-    Key& key = scratch_.keys[i];
-    key = key < end_ ? key_of(std::bit_cast<float>(key) - mean) : kKeyEnd;
+    const Key distance = key_of(std::bit_cast<float>(keys[i]) - mean);
+    distances[i] = keys[i] < before ? distance : kKeyEnd;
   }
   end_ = kKeyEnd;
-  keep_until(weight, p * total);
+  keep_until(weight, p * information.weight);
+  const Key end = end_;
   for (std::size_t i = 0; i < size_; ++i) {
-    Key& key = scratch_.keys[i];
-    key = key < end_ ? scratch_.original_keys[i] : kKeyEnd;
+    keys[i] = distances[i] < end ? keys[i] : kKeyEnd;
   }
+  scratch_.keys.swap(scratch_.distances);
   end_ = kKeyEnd;
 }
 

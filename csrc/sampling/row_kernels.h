@@ -28,6 +28,11 @@ struct Mass {
   double weight;
 };
 
+// Of some tokens: their weight, and the sum of weight times |scaled|.
+struct Information {
+  double weight, weighted_distance;
+};
+
 // Of max - logit, over the logits that are finite.
 struct Moments {
   std::int64_t count;
@@ -42,7 +47,7 @@ struct RowKernels {
   void (*copy_allowed)(const float* logits, const std::uint32_t* mask, std::size_t n, float* out);
   // First index of `value`, which is one of the n logits.
   std::size_t (*find)(const float* logits, std::size_t n, float value);
-  // The logits that are at least `lowest`, in order, and their ids, with room for n; their number.
+  // The logits that are at least `lowest`, in order, and their ids, with room for padded(n); their number.
   std::size_t (*at_least)(const float* logits, std::size_t n, const float* block_maxima, float lowest,
                           std::int32_t* ids, float* values);
   // Sum of exp(scaled) of each block of n logits.
@@ -52,8 +57,9 @@ struct RowKernels {
   void (*scale)(const float* logits, std::size_t n, float max, float temperature, Key* keys, float* weights);
   // Number and weight of the tokens with key < end; n is padded.
   Mass (*mass_below)(const Key* keys, const float* weights, std::size_t n, Key end);
-  // The tokens with begin <= key < end, in order, written to other arrays with room for padded(their number); that
-  // number.
+  // Of the tokens with key < end; n is padded.
+  Information (*information)(const Key* keys, const float* weights, std::size_t n, Key end);
+  // The tokens with begin <= key < end, in order, written to other arrays with room for n; their number.
   std::size_t (*select)(const Key* keys, const float* weights, std::size_t n, Key begin, Key end, Key* out_keys,
                         float* out_weights);
 };
@@ -61,6 +67,6 @@ struct RowKernels {
 // The kernels that this processor can run, best first.
 std::span<const RowKernels* const> row_kernels();
 
-extern const RowKernels kRowKernelsAvx2, kRowKernelsPortable;
+extern const RowKernels kRowKernelsAvx2, kRowKernelsAvx512, kRowKernelsPortable;
 
 }  // namespace mlx_server

@@ -1,6 +1,10 @@
 // The row kernels, written once; each instruction set's file includes and compiles them.
 #pragma once
 
+#if defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
 #include <limits>
 
 #include "common/simd.h"
@@ -11,6 +15,8 @@ namespace mlx_server {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr Ints kLaneIds{0, 1, 2, 3, 4, 5, 6, 7};
 
 // The next kLanes of n logits, -infinity beyond their end.
 inline void load_some(Floats& x, const float* logits, std::size_t n) {
@@ -112,6 +118,28 @@ std::size_t find_first(const float* logits, std::size_t n, float value) {
   return i;
 }
 
+// Writes the lanes of a and b where `selected` has all bits set, one behind the other, and maybe what follows them up
+// to kLanes; their number.
+inline std::size_t compress(const Ints& selected, const Ints& a, const Ints& b, std::int32_t* out_a,
+                            std::int32_t* out_b) {
+#if defined(__AVX512VL__)
+  const __mmask8 mask = _mm256_movepi32_mask((__m256i)selected);
+  // Compressed in a register and stored whole: a compressing store is slow on some processors.
+  store(out_a, (Ints)_mm256_maskz_compress_epi32(mask, (__m256i)a));
+  store(out_b, (Ints)_mm256_maskz_compress_epi32(mask, (__m256i)b));
+  return static_cast<std::size_t>(__builtin_popcount(mask));
+#else
+  std::size_t count = 0;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
+    out_a[count] = a[lane];
+    out_b[count] = b[lane];
+    count += static_cast<std::size_t>(selected[lane] != 0);
+  }
+  return count;
+#endif
+}
+
 std::size_t at_least(const float* logits, std::size_t n, const float* block_maxima, float lowest, std::int32_t* ids,
                      float* values) {
   std::size_t count = 0;
@@ -120,11 +148,12 @@ std::size_t at_least(const float* logits, std::size_t n, const float* block_maxi
       continue;
     }
     const std::size_t end = n - begin < kBlock ? n : begin + kBlock;
-    for (std::size_t i = begin; i < end; ++i) {
-      // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
-      ids[count] = static_cast<std::int32_t>(i);
-      values[count] = logits[i];
-      count += static_cast<std::size_t>(logits[i] >= lowest);
+    for (std::size_t i = begin; i < end; i += kLanes) {
+      Floats x;
+      load_some(x, logits + i, end - i);
+      const Ints lane_ids = kLaneIds + static_cast<std::int32_t>(i);
+      const Ints selected = (x >= lowest) & (lane_ids < static_cast<std::int32_t>(n));
+      count += compress(selected, lane_ids, (Ints)x, ids + count, (std::int32_t*)values + count);
     }
   }
   return count;
@@ -227,13 +256,39 @@ Mass mass_below(const Key* keys, const float* weights, std::size_t n, Key end) {
   return mass;
 }
 
+Information information(const Key* keys, const float* weights, std::size_t n, Key end) {
+  Information result{};
+  for (std::size_t block = 0; block < n; block += kBlock) {
+    Floats sums[4] = {}, products[4] = {};
+    for (std::size_t i = block; i < block + kBlock; i += 4 * kLanes) {
+      for (std::size_t j = 0; j < 4; ++j) {
+        Ints key;
+        Floats weight;
+        load(key, keys + i + j * kLanes);
+        load(weight, weights + i + j * kLanes);
+        const Ints counts = (key < end) & (weight > 0);  // infinity times 0 is NaN
+        sums[j] += (Floats)((Ints)weight & counts);
+        products[j] += (Floats)((Ints)(weight * (Floats)key) & counts);
+      }
+    }
+    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const Floats product = (products[0] + products[1]) + (products[2] + products[3]);
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      result.weight += static_cast<double>(sum[lane]);
+      result.weighted_distance += static_cast<double>(product[lane]);
+    }
+  }
+  return result;
+}
+
 std::size_t select(const Key* keys, const float* weights, std::size_t n, Key begin, Key end, Key* out_keys,
                    float* out_weights) {
   std::size_t count = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    out_keys[count] = keys[i];
-    out_weights[count] = weights[i];
-    count += static_cast<std::size_t>(keys[i] >= begin && keys[i] < end);
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    Ints key, weight;
+    load(key, keys + i);
+    load(weight, weights + i);
+    count += compress((key >= begin) & (key < end), key, weight, out_keys + count, (std::int32_t*)out_weights + count);
   }
   for (std::size_t i = count; i < padded(count); ++i) {
     out_keys[i] = kKeyEnd;
@@ -243,7 +298,7 @@ std::size_t select(const Key* keys, const float* weights, std::size_t n, Key beg
 }
 
 constexpr RowKernels make_row_kernels(const char* name) {
-  return {name, max_of, copy_allowed, find_first, at_least, weigh, moments, scale, mass_below, select};
+  return {name, max_of, copy_allowed, find_first, at_least, weigh, moments, scale, mass_below, information, select};
 }
 
 }  // namespace

@@ -98,26 +98,24 @@ SampledToken choose(const Logits& logits, const RowParams& params, bool wants_lo
 
 void RowScratch::resize(std::size_t vocab_size) {
   const std::size_t blocks = num_blocks(vocab_size), size = padded(vocab_size);
-  for (auto* array : {&logits, &values}) {
-    array->resize(vocab_size);
-  }
+  logits.resize(vocab_size);
   for (auto* array : {&raw_block_maxima, &block_maxima}) {
     array->resize(blocks);
   }
-  for (auto* array : {&keys, &near_keys}) {
+  for (auto* array : {&keys, &near_keys, &distances}) {
     array->resize(size);
   }
-  for (auto* array : {&weights, &near_weights}) {
+  for (auto* array : {&values, &weights, &near_weights}) {
     array->resize(size);
   }
-  ids.resize(vocab_size);
+  ids.resize(size);
   counts.resize(vocab_size);
 }
 
 std::span<const RowKernels* const> row_kernels() {
 #if defined(__x86_64__)
-  static const RowKernels* const all[] = {&kRowKernelsAvx2, &kRowKernelsPortable};
-  return std::span(all).subspan(cpu_has_avx2() ? 0 : 1);
+  static const RowKernels* const all[] = {&kRowKernelsAvx512, &kRowKernelsAvx2, &kRowKernelsPortable};
+  return std::span(all).subspan(cpu_has_avx512() ? 0 : cpu_has_avx2() ? 1 : 2);
 #else
   static const RowKernels* const all[] = {&kRowKernelsPortable};
   return all;

@@ -68,9 +68,9 @@ struct RowScratch {
   std::vector<float> logits;                          // [V] with bias, mask and penalties
   std::vector<float> raw_block_maxima, block_maxima;  // [num_blocks(V)] of the model's logits, and of those above
   std::vector<float> block_weights, sorted_maxima;    // [num_blocks(V)]
-  std::vector<std::int32_t> ids;                      // [V] of the candidates
-  std::vector<float> values;                          // [V]
-  std::vector<Key> keys, near_keys, original_keys;    // [padded(V)]
+  std::vector<std::int32_t> ids;                      // [padded(V)] of the candidates
+  std::vector<float> values;                          // [padded(V)]
+  std::vector<Key> keys, near_keys, distances;        // [padded(V)]
   std::vector<float> weights, near_weights;           // [padded(V)]
   std::vector<std::int32_t> counts;                   // [V], zeros between two rows
 
