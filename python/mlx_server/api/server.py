@@ -2,13 +2,9 @@
 
 import errno
 import logging
-import os
 import resource
 import selectors
-import shutil
-import signal
 import socket
-import stat
 import struct
 import sys
 import threading
@@ -48,6 +44,7 @@ from mlx_server.api.incoming import (
     LengthBody,
     headers_too_large,
 )
+from mlx_server.api.lifeline import end_with_supervisor
 from mlx_server.api.middleware import HEALTH_PATHS, AccessLog
 from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.api.rate_limit import RateLimiter
@@ -121,7 +118,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         """Make the application; called in each worker."""
         settings = self._launch.settings
         responses_dir = self._run_dir / "responses"
-        _end_with_supervisor(responses_dir)
+        end_with_supervisor(responses_dir)
         self.engine = EngineClient(self._launch.engine_address)
         self.engine.start()
         limiter = RateLimiter(self._run_dir / "rate_limit", settings.rate_limit) if settings.rate_limit else None
@@ -379,23 +376,3 @@ class _Log(Logger):  # type: ignore[misc]
         super().setup(cfg)
         self.error_log.handlers.clear()
         self.error_log.propagate = True
-
-
-def _end_with_supervisor(private: Path) -> None:
-    """End the whole API process at once when the supervisor is gone: only it holds the other end of standard input.
-
-    Each worker watches for itself and for the arbiter, which must have no threads. The folder `private` holds what
-    users wrote, and goes too.
-    """
-    if not stat.S_ISFIFO(os.fstat(0).st_mode):
-        return  # started by hand
-    arbiter = os.getppid()
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        shutil.rmtree(private, ignore_errors=True)
-        os.kill(arbiter, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
