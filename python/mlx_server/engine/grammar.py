@@ -1,10 +1,8 @@
 """Grammars that outputs must match: compiled beside the step loop, then asked before each draw what may come next."""
 
 import logging
-import queue
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from mlx_server.chat.grammar import LIMITS
 from mlx_server.chat.tokenizer import Tokenizer
 from mlx_server.engine.batch import Batch, StepResult
 from mlx_server.engine.request import Request
-from mlx_server.errors import ModelLoadError
 from mlx_server.ops.sampling import INVALID_TOKEN
 
 log = logging.getLogger(__name__)
@@ -52,7 +49,7 @@ class OutputGrammar:
         if not self.is_ready:
             return ""
         if (error := self._compiled.exception()) is not None:
-            return f"The model's tokenizer can't be used with grammars: {error}"[:_MAX_FAULT_LENGTH]
+            return f"This model can't follow the grammar: {error}"[:_MAX_FAULT_LENGTH]
         return self._matcher.get_error()[:_MAX_FAULT_LENGTH]
 
     @property
@@ -116,9 +113,9 @@ class Grammars:
     def __init__(self, make_tokenizer: Callable[[], LLTokenizer], vocab_size: int) -> None:
         """`vocab_size`: of the model's logits."""
         self._vocab_size = vocab_size
-        self._tokenizer: Future[LLTokenizer] = Future()
-        self._waiting: queue.SimpleQueue[tuple[str, Future[LLMatcher]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, args=(make_tokenizer,), name="grammars", daemon=True).start()
+        self._worker = ThreadPoolExecutor(1, "grammars")
+        self._tokenizer = self._worker.submit(make_tokenizer)
+        self._tokenizer.add_done_callback(_log_failure)
 
     @staticmethod
     def of_model(path: Path, vocab_size: int) -> "Grammars":
@@ -127,8 +124,7 @@ class Grammars:
 
     def compile(self, grammar: str, end_token_ids: frozenset[int]) -> OutputGrammar:
         """Begin to compile; the result tells when it is ready."""
-        matcher: Future[LLMatcher] = Future()
-        self._waiting.put((grammar, matcher))
+        matcher = self._worker.submit(self._match, grammar)
         return OutputGrammar(matcher, end_token_ids, self._vocab_size)
 
     def masks(self, grammars: Sequence[OutputGrammar]) -> Words:
@@ -153,18 +149,8 @@ class Grammars:
     def _executor(self) -> LLExecutor:
         return LLExecutor()
 
-    def _run(self, make_tokenizer: Callable[[], LLTokenizer]) -> None:
-        try:
-            self._tokenizer.set_result(make_tokenizer())
-        except (ModelLoadError, ValueError) as error:  # the model may be of use without grammars
-            log.warning("no grammars with this model's tokenizer: %s", error)
-            self._tokenizer.set_exception(error)
-        while True:
-            grammar, matcher = self._waiting.get()
-            if (failure := self._tokenizer.exception()) is None:
-                matcher.set_result(LLMatcher(self._tokenizer.result(), grammar, limits=LIMITS, log_level=0))
-            else:
-                matcher.set_exception(failure)
+    def _match(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self._tokenizer.result(), grammar, limits=LIMITS, log_level=0)
 
 
 def constrain(batch: Batch, previous: StepResult | None, rows: npt.NDArray[Any]) -> list[OutputGrammar]:
@@ -196,6 +182,11 @@ def _newest_tokens(previous: StepResult) -> dict[Request, int]:
     """The tokens that a step has drawn, but for those that a grammar had forced already."""
     drawn = zip(previous.batch.sampling_rows, previous.token_ids, strict=True)
     return {row.request: token_ids[0] for row, token_ids in drawn if row.end_pos == row.request.num_known_tokens}
+
+
+def _log_failure(tokenizer: "Future[LLTokenizer]") -> None:
+    if (error := tokenizer.exception()) is not None:
+        log.warning("no grammars with this model's tokenizer: %s", error)
 
 
 def _load_tokenizer(path: Path) -> LLTokenizer:
