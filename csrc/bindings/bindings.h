@@ -6,6 +6,7 @@
 namespace mlx_server {
 
 void bind_copy_rows(nanobind::module_& m);
+void bind_kernels(nanobind::module_& m);
 void bind_kv(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_gated_delta(nanobind::module_& m);

@@ -9,6 +9,7 @@ NB_MODULE(_ext, m) {
   m.def("array_size", &mlx::core::array::size, nb::arg("array"),
         "Number of elements. The import's self-check calls it: it fails if mx.array is a foreign type here.");
   mlx_server::bind_copy_rows(m);
+  mlx_server::bind_kernels(m);
   mlx_server::bind_kv(m);
   mlx_server::bind_elementwise(m);
   mlx_server::bind_gated_delta(m);

@@ -30,12 +30,17 @@ With scales, float32 [N, block_size, Hk] each, they are int8, to be multiplied b
         return new_kv_pool({num_blocks, block_size, num_heads, head_dim}, dtype, bits);
       },
       nb::arg("shape"), nb::arg("dtype"), nb::kw_only(), nb::arg("bits") = nb::none());
-  m.def(
-      "write_kv",
-      [](const KVPool& pool, const array& k, const array& v, const array& slot_mapping) {
-        return write_kv(pool, k, v, slot_mapping);
-      },
-      nb::arg("pool"), nb::arg("k"), nb::arg("v"), nb::arg("slot_mapping"));
+  const auto def_write_kv = [&m](const char* name, auto function, const char* doc) {
+    m.def(
+        name,
+        [function](const KVPool& pool, const array& k, const array& v, const array& slot_mapping) {
+          return function(pool, k, v, slot_mapping, {});
+        },
+        nb::arg("pool"), nb::arg("k"), nb::arg("v"), nb::arg("slot_mapping"), doc);
+  };
+  def_write_kv("write_kv", write_kv, "");
+  def_write_kv("write_kv_fallback", write_kv_fallback,
+               "The specification of `write_kv`, rounded by MLX's own ops, for tests.");
 
   nb::class_<AttentionBatch>(m, "AttentionBatch", R"(Where the rows of a ragged batch lie: what a step's layers share.
 

@@ -12,6 +12,7 @@
 
 #include "common/write_rows.h"
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 #include "kernels/launch.h"
 
 namespace mlx_server {
@@ -85,8 +86,9 @@ Plan make_plan(const GatedDeltaInputs& in, bool can_chunk) {
 // written when a kernel first reads it, which takes longer than a decode.
 const Plan& plan_of(const GatedDeltaInputs& in) {
   static thread_local std::optional<Plan> last;
-  const bool can_chunk =
-      in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 16 == 0 && in.state.shape(2) % 4 == 0;
+  const bool can_chunk = in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 16 == 0 &&
+                         in.state.shape(2) % 4 == 0 &&
+                         are_enabled({"gated_delta_conv", "gated_delta_chunk", "gated_delta_scan"});
   if (!last || last->query_lens != in.query_lens || last->fresh != in.fresh || last->can_chunk != can_chunk) {
     last.emplace(make_plan(in, can_chunk));
   }
@@ -171,6 +173,9 @@ Outputs gated_delta_gpu(const GatedDeltaInputs& given, mx::Stream s) {
   GatedDeltaInputs in = given;
   in.state = mx::contiguous(in.state, /*allow_col_major=*/false, s);  // else a kernel would get, and update, a copy
   const Plan& plan = plan_of(in);
+  if (plan.few.num_rows > 0 && !are_enabled({"gated_delta_step"})) {
+    return gated_delta_fallback(in, s);
+  }
   if (plan.many.num_rows == 0) {
     return steps(in, plan.few, s);
   }

@@ -7,6 +7,7 @@
 #include <mlx/backend/metal/metal.h>
 
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 
 namespace mlx_server {
 
@@ -58,6 +59,7 @@ mx::fast::CustomKernelFunction make_kernel(const std::string& name, const Kernel
 
 std::vector<mx::array> launch(const KernelSource& source, const KernelLaunch& launch, mx::Stream s) {
   static thread_local std::unordered_map<std::string, mx::fast::CustomKernelFunction> kernels;
+  note_launch(source.name);
   const std::string name = unique_name(source, launch);
   auto kernel = kernels.find(name);
   if (kernel == kernels.end()) {

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 #include "kernels/launch.h"
 
 namespace mlx_server {
@@ -32,7 +33,8 @@ int bits(const ExpertMatrix& matrix) { return matrix.scales ? matrix.bits : 32; 
 bool has_few_tokens(const mx::array& x, const mx::array& experts, const ExpertMatrix& gate, const ExpertMatrix& up,
                     const ExpertMatrix& down) {
   const int num_experts = gate.weight.shape(0), n = gate.weight.shape(1);
-  return (x.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= num_experts) && x.shape(1) % 32 == 0 &&
+  return are_enabled({"moe_hidden", "moe_output"}) &&
+         (x.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= num_experts) && x.shape(1) % 32 == 0 &&
          n % 32 == 0 && has_kernel(gate, x.dtype()) && has_kernel(up, x.dtype()) && has_kernel(down, x.dtype()) &&
          bits(gate) == bits(up) && gate.group_size == up.group_size;
 }
@@ -85,7 +87,7 @@ mx::array many_tokens(const mx::array& x, const mx::array& experts, const mx::ar
 
 std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Scoring scoring, bool normalize,
                                           mx::Stream s) {
-  const bool has_kernel = top_k <= 32 && logits.shape(1) <= 1024 && logits.size() > 0;
+  const bool has_kernel = top_k <= 32 && logits.shape(1) <= 1024 && logits.size() > 0 && are_enabled({"moe_route"});
   if (!has_kernel) {
     return route_fallback(logits, top_k, scoring, normalize, s);
   }
@@ -109,11 +111,14 @@ std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Sc
 mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::array& weights, const ExpertMatrix& gate,
                       const ExpertMatrix& up, const ExpertMatrix& down, const std::optional<mx::array>& shared,
                       mx::Stream s) {
-  if (x.size() == 0 || experts.size() == 0) {
-    return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
+  const bool is_empty = x.size() == 0 || experts.size() == 0;
+  if (!is_empty && has_few_tokens(x, experts, gate, up, down)) {
+    return few_tokens(x, experts, weights, gate, up, down, shared, s);
   }
-  const auto compute = has_few_tokens(x, experts, gate, up, down) ? few_tokens : many_tokens;
-  return compute(x, experts, weights, gate, up, down, shared, s);
+  if (!is_empty && are_enabled({"moe_join"})) {
+    return many_tokens(x, experts, weights, gate, up, down, shared, s);
+  }
+  return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
 }
 
 }  // namespace mlx_server

@@ -12,6 +12,7 @@
 #include "common/row_contiguous.h"
 #include "common/write_rows.h"
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 #include "kernels/launch.h"
 #include "paged_attention/paged_attention_cpu.h"
 
@@ -76,6 +77,20 @@ struct Quantized {
   mx::array scales;  // float32 [T, Hk]
 };
 
+// In MLX's own ops.
+Quantized quantize_fallback(const mx::array& x, mx::Stream s) {
+  const mx::array values = mx::astype(x, mx::float32, s);
+  const mx::array zero(0.0f);
+  const mx::array max = mx::max(mx::abs(values, s), -1, /*keepdims=*/true, s);                // [T, Hk, 1]
+  const mx::array poison = mx::sum(mx::multiply(values, zero, s), -1, /*keepdims=*/true, s);  // NaN or 0
+  const mx::array is_usable = mx::logical_and(mx::greater(max, zero, s), mx::equal(poison, zero, s), s);
+  const mx::array factor = mx::where(is_usable, mx::divide(mx::array(127.0f), max, s), zero, s);
+  const mx::array scaled = mx::where(is_usable, mx::multiply(values, factor, s), zero, s);
+  const mx::array half = mx::where(mx::less(scaled, zero, s), mx::array(-0.5f), mx::array(0.5f), s);
+  const mx::array scales = mx::add(mx::divide(max, mx::array(127.0f), s), poison, s);
+  return {mx::astype(mx::add(scaled, half, s), mx::int8, s), mx::squeeze(scales, -1, s)};
+}
+
 // kv_quantize.kernel says what is computed.
 Quantized quantize(const mx::array& x, mx::Stream s) {
   const std::vector<mx::Shape> shapes{x.shape(), {x.shape(0), x.shape(1)}};
@@ -84,6 +99,9 @@ Quantized quantize(const mx::array& x, mx::Stream s) {
     const auto outputs =
         mx::array::make_arrays(shapes, dtypes, std::make_shared<QuantizePrimitive>(s), {mx::astype(x, mx::float32, s)});
     return {outputs[0], outputs[1]};
+  }
+  if (!are_enabled({"kv_quantize"})) {
+    return quantize_fallback(x, s);
   }
   const auto outputs = launch(kernel_sources::kv_quantize,
                               {.inputs = {x},
@@ -135,8 +153,10 @@ KVPool new_kv_pool(const mx::Shape& shape, mx::Dtype dtype, std::optional<int> b
           new_array(scales, mx::float32, s)};
 }
 
-KVPool write_kv(const KVPool& pool, const mx::array& k, const mx::array& v, const mx::array& slot_mapping,
-                mx::StreamOrDevice s_) {
+namespace {
+
+KVPool write_kv_by(Quantized (*quantize)(const mx::array&, mx::Stream), const KVPool& pool, const mx::array& k,
+                   const mx::array& v, const mx::array& slot_mapping, mx::StreamOrDevice s_) {
   constexpr char op[] = "write_kv";
   check_kv_pool(op, pool);
   if (k.ndim() != 3 || k.shape(1) != pool.num_heads() || k.shape(2) != pool.head_dim() || k.shape() != v.shape()) {
@@ -158,6 +178,18 @@ KVPool write_kv(const KVPool& pool, const mx::array& k, const mx::array& v, cons
   const auto [values, value_scales] = quantize(v, s);
   return {write(pool.keys, keys), write(pool.values, values), write(*pool.key_scales, key_scales),
           write(*pool.value_scales, value_scales)};
+}
+
+}  // namespace
+
+KVPool write_kv(const KVPool& pool, const mx::array& k, const mx::array& v, const mx::array& slot_mapping,
+                mx::StreamOrDevice s) {
+  return write_kv_by(quantize, pool, k, v, slot_mapping, s);
+}
+
+KVPool write_kv_fallback(const KVPool& pool, const mx::array& k, const mx::array& v, const mx::array& slot_mapping,
+                         mx::StreamOrDevice s) {
+  return write_kv_by(quantize_fallback, pool, k, v, slot_mapping, s);
 }
 
 }  // namespace mlx_server

@@ -34,4 +34,8 @@ KVPool new_kv_pool(const mlx::core::Shape& shape, mlx::core::Dtype dtype, std::o
 KVPool write_kv(const KVPool& pool, const mlx::core::array& k, const mlx::core::array& v,
                 const mlx::core::array& slot_mapping, mlx::core::StreamOrDevice s = {});
 
+// The specification: the same, rounded by MLX's own ops.
+KVPool write_kv_fallback(const KVPool& pool, const mlx::core::array& k, const mlx::core::array& v,
+                         const mlx::core::array& slot_mapping, mlx::core::StreamOrDevice s = {});
+
 }  // namespace mlx_server

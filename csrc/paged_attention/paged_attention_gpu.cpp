@@ -2,6 +2,7 @@
 #include <bit>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -10,6 +11,7 @@
 #include <mlx/ops.h>
 
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 #include "kernels/launch.h"
 #include "paged_attention/paged_attention.h"
 
@@ -94,16 +96,19 @@ bool has_matrix_units(mx::Device device) {
 // How attention of many queries is computed.
 struct Prefill {
   const KernelSource& kernel;
+  bool is_enabled;
   int heads;         // of a group
   int tile_queries;  // of a group
 };
 
 Prefill choose_prefill(const Call& call) {
+  constexpr std::string_view kMatrix = "attention_matrix", kPlain = "attention_prefill";
   const int heads = std::min(call.sharing(), 16);
-  const bool is_matrix = call.q.dtype().size() == 2 && call.head_dim() % 16 == 0 && call.head_dim() <= 128 &&
-                         has_matrix_units(call.stream.device);
-  return is_matrix ? Prefill{kernel_sources::attention_matrix, heads, kThreads / 2 / heads}
-                   : Prefill{kernel_sources::attention_prefill, heads, kThreads / 4 / heads};
+  const bool fits_matrix = call.q.dtype().size() == 2 && call.head_dim() % 16 == 0 && call.head_dim() <= 128 &&
+                           has_matrix_units(call.stream.device);
+  const std::string_view best = first_enabled({fits_matrix ? kMatrix : kPlain, kPlain});
+  return best == kMatrix ? Prefill{kernel_sources::attention_matrix, true, heads, kThreads / 2 / heads}
+                         : Prefill{kernel_sources::attention_prefill, best == kPlain, heads, kThreads / 4 / heads};
 }
 
 // The other rows: [their tokens, H, D].
@@ -129,6 +134,11 @@ mx::array paged_attention_gpu(const mx::array& q, const KVPool& pool, const Atte
   const Prefill choice = choose_prefill(call);
   const AttentionTables& tables =
       batch.tables(options.window.value_or(std::numeric_limits<int>::max()), choice.tile_queries);
+  const bool can_decode = !tables.queries || are_enabled({"attention_decode", "attention_combine"});
+  const bool can_prefill = !tables.tiles || choice.is_enabled;
+  if (!can_decode || !can_prefill) {
+    return paged_attention_fallback(q, pool, batch, options, s);
+  }
   std::vector<mx::array> outputs;
   if (tables.queries) {
     outputs.push_back(decode(call, tables));

@@ -1,6 +1,7 @@
 #include <mlx/ops.h>
 
 #include "kernel_sources.h"
+#include "kernels/kernel_use.h"
 #include "kernels/launch.h"
 #include "sampling/sample_row.h"
 #include "sampling/sampling.h"
@@ -20,8 +21,12 @@ mx::array not_empty(const mx::array& a, mx::Stream s) { return a.size() > 0 ? a 
 
 Sampled sample_gpu(const SampleInputs& in, mx::Stream s) {
   const int batch_size = in.logits.shape(0), vocab_size = in.logits.shape(1);
+  const bool is_adjusted = in.masks.size() + in.bias_ids.size() + in.history.size() > 0;
+  if (!are_enabled({"sampling_choose"}) || (is_adjusted && !are_enabled({"sampling_adjust"}))) {
+    return sample_fallback(in, s);
+  }
   mx::array logits = in.logits;
-  if (in.masks.size() + in.bias_ids.size() + in.history.size() > 0) {
+  if (is_adjusted) {
     logits = launch(kernel_sources::sampling_adjust,
                     {.inputs = {in.logits, in.rows, not_empty(in.masks, s), not_empty(in.bias_ids, s),
                                 not_empty(in.bias_values, s), not_empty(in.history, s), not_empty(in.breakers, s)},

@@ -14,6 +14,10 @@ def array_size(array: mlx.core.array) -> int:
 def copy_rows(pool: mlx.core.array, from_rows: Sequence[int], to_rows: Sequence[int]) -> mlx.core.array:
     """ops.copy_rows documents it."""
 
+def disable_kernel(name: str) -> None: ...
+
+def take_launched_kernels() -> list[str]: ...
+
 class BlockPool:
     """
     Which of the KV cache's fixed-size blocks are free, and how many owners the others have.
@@ -187,6 +191,9 @@ class KVPool:
 def new_kv_pool(shape: tuple[int, int, int, int], dtype: mlx.core.Dtype, *, bits: int | None = None) -> KVPool: ...
 
 def write_kv(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> KVPool: ...
+
+def write_kv_fallback(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> KVPool:
+    """The specification of `write_kv`, rounded by MLX's own ops, for tests."""
 
 class AttentionBatch:
     """

@@ -2,22 +2,25 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_server import _ext
 from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, write_kv
 
 
+@pytest.mark.parametrize("op", [write_kv, _ext.write_kv_fallback], ids=["op", "fallback"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["float32", "float16", "bfloat16"])
-def test_eight_bits_are_the_nearest(dtype: mx.Dtype) -> None:
+def test_eight_bits_are_the_nearest(op: Callable[..., KVPool], dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(2)
     k, v = (mx.array(x).astype(dtype) for x in rng.standard_normal((2, 8, 2, 64)).astype(np.float32))
     k[0] = 0.0
     k[1, 0, 0] = mx.nan
-    pool = write_kv(new_kv_pool((4, 2, 2, 64), dtype, bits=8), k, v, mx.arange(8)[::-1])
+    pool = op(new_kv_pool((4, 2, 2, 64), dtype, bits=8), k, v, mx.arange(8)[::-1])
     assert pool.key_scales is not None and pool.value_scales is not None
     for x, integers, factors in [(k, pool.keys, pool.key_scales), (v, pool.values, pool.value_scales)]:
         expected = np.array(x.astype(mx.float32))[::-1]

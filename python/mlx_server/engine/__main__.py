@@ -17,7 +17,7 @@ from mlx_server.engine.grammar import Grammars
 from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
 from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.transport import EngineServer
-from mlx_server.engine.warm_up import measure_step, warm_up
+from mlx_server.engine.warm_up import check_model_kernels, measure_step, warm_up
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
 from mlx_server.pulse import Pulse
@@ -51,13 +51,17 @@ def main() -> int:
 
 
 def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str, str]]:
-    """Load the model, size the KV pool, run a first request; the core and what the start screen says of them."""
+    """Load the model, check its kernels, size the KV pool, run a first request.
+
+    The core, and what the start screen says of it.
+    """
     pipe.send(status.Loading("weights"))
     begin = time.monotonic()
     model = load_model(launch.model.path)
     grammars = Grammars.of_model(Path(launch.model.path), model.vocab_size)  # made while the model warms up
     log.info("weights loaded in %.1f s", time.monotonic() - begin)
     pipe.send(status.Loading("warm-up"))
+    check_model_kernels(model, launch.settings.kv_bits)  # before anything else uses them
     limit, step_bytes = launch.settings.memory_limit, measure_step(model)
     plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes, kv_bits=launch.settings.kv_bits)
     use = memory_use(model, plan, limit=limit, step_bytes_per_token=step_bytes)

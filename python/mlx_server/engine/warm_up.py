@@ -5,6 +5,8 @@ import mlx.core as mx
 from mlx_server import wire
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.kernel_cases import kernel_cases
+from mlx_server.engine.kernel_check import check_kernels
 from mlx_server.engine.memory import BLOCK_SIZE, MemoryPlan
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import Model
@@ -13,6 +15,13 @@ from mlx_server.sampling_params import SamplingParams
 PROMPT_TOKENS = 8
 OUTPUT_TOKENS = 2
 STEP_TOKENS = 64
+
+
+def check_model_kernels(model: Model, kv_bits: int | None) -> None:
+    """On a GPU, disable those of the model's kernels that don't compute there what they should."""
+    if mx.default_device().type == mx.gpu:
+        check_kernels(kernel_cases(model, kv_bits))
+        mx.clear_cache()
 
 
 def warm_up(core: EngineCore) -> None:

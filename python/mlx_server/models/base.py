@@ -1,9 +1,13 @@
 """What the engine asks of a model, and what a model asks of the engine."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import msgspec
+
+if TYPE_CHECKING:
+    from mlx_server.models.moe import SparseMoE
 
 
 class KVSpec(msgspec.Struct, frozen=True):
@@ -112,6 +116,11 @@ class Model(Protocol):
     @property
     def state_spec(self) -> StateSpec | None:
         """None if the model has no recurrent layers."""
+        ...
+
+    @property
+    def sparse_blocks(self) -> "Sequence[SparseMoE]":
+        """The mixtures of experts, layer by layer."""
         ...
 
     @property

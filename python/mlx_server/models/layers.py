@@ -1,6 +1,7 @@
 """Blocks that architectures share. Each takes its tensors from the checkpoint's `Weights` under its own name there."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -15,6 +16,9 @@ from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.linear import linear, quantized_linear
 from mlx_server.ops.norm import rms_norm
 from mlx_server.ops.rope import rope
+
+if TYPE_CHECKING:
+    from mlx_server.models.moe import SparseMoE
 
 
 class Matrix:
@@ -244,6 +248,7 @@ class CausalLM:
         window = max(windows) if len(windows) == args.num_hidden_layers else None
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
         self.state_spec: StateSpec | None = None
+        self.sparse_blocks: Sequence[SparseMoE] = []
         self.context_length = args.max_position_embeddings
         self.vocab_size = args.vocab_size
 

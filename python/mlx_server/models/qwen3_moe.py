@@ -51,3 +51,4 @@ class Qwen3Moe(CausalLM):
             decoder_layer(args, layer, rope, model.at(f"layers.{layer}")) for layer in range(args.num_hidden_layers)
         ]
         super().__init__(weights, args, layers, RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
+        self.sparse_blocks = [layer.mlp for layer in layers if isinstance(layer.mlp, SparseMoE)]

@@ -207,6 +207,7 @@ class Qwen3Next(CausalLM):
             for layer in range(args.num_hidden_layers)
         ]
         super().__init__(weights, args, layers, form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
+        self.sparse_blocks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, SharedExpertMoE)]
         self.kv_spec = KVSpec(linear.count(False), args.num_kv_heads, args.head_size, weights.dtype)
         self.state_spec = StateSpec(
             num_layers=linear.count(True),
