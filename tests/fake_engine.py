@@ -282,10 +282,10 @@ def fake_deps(engine: EngineClient, **changes: Any) -> Deps:
 class Backend:
     """A fake engine, a client of it, and apps on top."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, context_length: int = 100) -> None:
         self.address = f"ipc://{folder}/engine"
         self.responses = ResponseStore(folder / "responses")
-        self.engine = FakeEngine(self.address)
+        self.engine = FakeEngine(self.address, context_length=context_length)
         self.client = EngineClient(self.address)
         self.client.start()
         self.wait()

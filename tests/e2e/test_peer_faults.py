@@ -1,5 +1,5 @@
 """What other servers get wrong, each tried on a real server. Seeds, and requests that join and leave, are in
-`test_openai_client`."""
+`test_openai_client`, forms and calls that must come in `test_structured_output`."""
 
 import json
 from collections.abc import Callable, Iterator
