@@ -132,8 +132,8 @@ inline std::size_t compress(const Ints& selected, const Ints& a, const Ints& b, 
   std::size_t count = 0;
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
     // Without a branch, which would be mispredicted often: what is not selected is overwritten by the next.
-    out_a[count] = a[lane];
-    out_b[count] = b[lane];
+    store(out_a + count, std::int32_t{a[lane]});
+    store(out_b + count, std::int32_t{b[lane]});  // what lies there may be floats
     count += static_cast<std::size_t>(selected[lane] != 0);
   }
   return count;
