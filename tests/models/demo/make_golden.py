@@ -1,4 +1,4 @@
-"""Makes golden.json: `python make_golden.py MODEL.gguf`, with transformers and torch installed beside this package.
+"""Makes golden.json and choices.json: `python make_golden.py MODEL.gguf`, with transformers and torch installed.
 
 Nothing here goes through our loader or model: NumPy dequantizes the file's blocks, transformers computes.
 """
@@ -27,6 +27,13 @@ PROMPTS = {
     "accents and emoji": USER.format("Übersetze ins Englische: „Der Käse ist köstlich 🧀“"),
     "story": "Once upon a time, in a village at the foot of a mountain,",
     "code": "def fibonacci(n):\n    ",
+}
+# A task of lm-eval's kind: context, and continuations of which the first is right.
+CHOICES = {
+    "The capital of France is": [" Paris", " London", " a fish"],
+    "Water freezes at zero degrees": [" Celsius", " Ernest", " banana"],
+    "The opposite of hot is": [" cold", " seven", " window"],
+    "Cats and dogs are": [" animals", " numbers", " mountains"],
 }
 LAYERS = {
     "attn_norm": "input_layernorm",
@@ -113,6 +120,14 @@ def perplexity(model: Any, token_ids: list[int]) -> float:
     return math.exp(-float(logprobs[range(len(token_ids) - 1), token_ids[1:]].mean()))
 
 
+def choice(model: Any, tokenizer: Tokenizer, context: str, continuation: str) -> dict[str, Any]:
+    """The log-likelihood of a continuation, as lm-eval asks for it."""
+    prefix, ids = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    score = sum(float(logprobs[pos - 1, ids[pos]]) for pos in range(len(prefix), len(ids)))
+    return {"prompt": ids, "num_context": len(prefix), "logprob": round(score, 4)}
+
+
 def main() -> None:
     torch.set_grad_enabled(False)
     path = Path(sys.argv[1])
@@ -126,6 +141,8 @@ def main() -> None:
         print(name, min(margins), repr(tokenizer.decode(tokens)))
     token_ids = tokenizer.encode((HERE.parent.parent / "data" / "prose.txt").read_text())
     prose = {"tokens": token_ids, "perplexity": round(perplexity(model, token_ids), 4)}
+    choices = [[choice(model, tokenizer, context, text) for text in texts] for context, texts in CHOICES.items()]
+    (HERE / "choices.json").write_text(json.dumps(choices) + "\n")
     lines = ",\n".join(json.dumps(one) for one in prompts)
     (HERE / "golden.json").write_text(f'{{"prose": {json.dumps(prose)},\n"prompts": [\n{lines}\n]}}\n')
 
