@@ -119,7 +119,7 @@ def test_a_models_ops_agree_with_their_references(caplog, name, kv_bits):
     check_kernels(cases)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     names = {case.name for case in cases}
-    assert {"attention (decode)", "attention (prefill)", "sampling", "sampling with penalties"} <= names
+    assert {"attention (decode)", "attention (prefill)", "sampling", "sampling with penalties and a mask"} <= names
     assert ("an 8-bit KV cache" in names) == (kv_bits == 8)
     assert ("experts (prefill)" in names) == ("qwen3_moe" in name or "qwen3_next" in name)
     assert ("gated delta (prefill)" in names) == ("qwen3_next" in name)

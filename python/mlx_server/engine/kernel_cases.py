@@ -100,7 +100,7 @@ def kernel_cases(model: Model, kv_bits: int | None) -> Iterator[Check]:
     for block in {_form(block): block for block in model.sparse_blocks}.values():
         yield from block_cases(block, model.kv_spec.dtype)
     yield sampling_case("sampling", model.vocab_size, adjusted=False)
-    yield sampling_case("sampling with penalties", model.vocab_size, adjusted=True)
+    yield sampling_case("sampling with penalties and a mask", model.vocab_size, adjusted=True)
 
 
 def normal(shape: Sequence[int], dtype: mx.Dtype, seed: int = 0) -> mx.array:
@@ -222,7 +222,9 @@ def sampling_case(name: str, vocab_size: int, *, adjusted: bool) -> Check:
     if adjusted:
         history = np.random.default_rng(1).integers(0, vocab_size, 64).astype(np.int32)
         ids = mx.array([0, vocab_size - 1], mx.int32)
-        tables = SampleTables(bias_ids=ids, bias_values=mx.array([-2.0, 3.0]), history=mx.array(history))
+        masks = mx.full((1, -(-vocab_size // 32)), 0x55555555, mx.uint32)  # every second token is allowed
+        tables = SampleTables(masks, ids, mx.array([-2.0, 3.0]), history=mx.array(history))
+        rows["mask_row"] = 0
         rows["bias_end"], rows["history_end"] = 2, len(history)
         rows["repetition_penalty"], rows["frequency_penalty"], rows["presence_penalty"] = 1.2, 0.3, 0.2
     return Check(name, lambda: sample(logits, rows, tables), lambda: sample_fallback(logits, rows, tables))
