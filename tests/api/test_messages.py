@@ -10,6 +10,7 @@ import pytest
 from anthropic.types import MessageParam, ToolParam
 
 from fake_engine import END, Backend, answer, failing
+from mlx_server.wire import Failed, Progress, RequestOutput, Submit
 
 HELLO: list[MessageParam] = [{"role": "user", "content": "Hi"}]
 TOOL: ToolParam = {"name": "f", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -147,3 +148,12 @@ def test_a_late_failure_is_an_event(post: Post, backend: Backend) -> None:
     *_, last = result.text.strip().split("\n\n")
     assert last.startswith('event: error\ndata: {"type":"error","error":{"type":"overloaded_error"')
     assert "message_stop" not in result.text
+
+
+def test_a_failure_while_the_prompt_is_computed_has_a_status(post: Post, backend: Backend) -> None:
+    def script(submit: Submit) -> Iterator[RequestOutput]:
+        yield Progress(submit.request_id, 9, 0, 4)
+        yield Failed(submit.request_id, "engine_died", "The engine failed.")
+
+    backend.engine.script = script
+    assert post(stream=True).status_code == 529

@@ -89,7 +89,23 @@ def test_later_system_messages_where_the_template_refuses_them() -> None:
     assert render(STRICT, *messages) == "<system>s<user>hi\n\ns<assistant>a<user>s\n\nhi"
     assert render(STRICT.replace("not loop.first", "false"), *messages).count("<system>") == 3
     with pytest.raises(InvalidRequestError, match="chosen"):
-        render("{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('chosen') }}{% endif %}", USER, USER)
+        render(
+            "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('chosen') }}{% endif %}", USER, assistant
+        )
+
+
+ALTERNATING = (
+    "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}{% for message in turns %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}{% endfor %}"
+) + STRICT
+
+
+def test_messages_of_one_role_where_the_template_wants_turns_that_alternate() -> None:
+    """As Codex sends them: instructions, a developer's message, and two of the user."""
+    system, developer = ChatMessage(role="system", content="s"), ChatMessage(role="developer", content="d")
+    assert render(ALTERNATING, system, developer, USER, USER) == "<system>s\n\nd<user>hi\n\nhi"
+    assert render(PLAIN, system, developer, USER, USER) == "system: s\nsystem: d\nuser: hi\nuser: hi\n"
 
 
 # --- templates without tools ---

@@ -1,5 +1,6 @@
 """One generation's answer: streamed, or all of its events folded into one body."""
 
+import time
 from collections.abc import Callable
 
 import falcon
@@ -8,7 +9,7 @@ import msgspec
 from mlx_server.api.deps import Deps
 from mlx_server.api.sse import FIRST_EVENT_S, KEEP_ALIVE_S, Client, Encoder, SseBody, stream, wait_for_events
 from mlx_server.chat.generation import Generation
-from mlx_server.chat.types import ChatRequest, CompletionRequest, Event
+from mlx_server.chat.types import ChatRequest, CompletionRequest, Event, PromptProgress
 
 
 def respond(
@@ -24,7 +25,7 @@ def respond(
     request = msgspec.structs.replace(request, client=req.remote_addr)
     generation = Generation(deps.model, deps.engine, request, deps.timeout_s)
     try:
-        events = wait_for_events(generation, client, FIRST_EVENT_S)
+        events = _first_events(generation, client)
         if encoder is not None:
             stream(resp, SseBody(generation, encoder, client, events))
             return
@@ -35,3 +36,15 @@ def respond(
     except BaseException:
         generation.close()
         raise
+
+
+def _first_events(generation: Generation, client: Client) -> list[Event]:
+    """What comes until the answer begins, or for a while: until then a failure has an HTTP status of its own."""
+    end_s = time.monotonic() + FIRST_EVENT_S
+    events: list[Event] = []
+    while not generation.finished and all(isinstance(event, PromptProgress) for event in events):
+        remaining_s = end_s - time.monotonic()
+        if remaining_s <= 0:
+            break
+        events += wait_for_events(generation, client, remaining_s)
+    return events

@@ -20,14 +20,14 @@ _DEFAULT_NAME = "default"
 class TemplateRequest(ChatCompletionRequest, kw_only=True):
     """A chat completion's body: what changes its prompt has an effect, all else is only checked."""
 
-    model: str = _DEFAULT_NAME
+    model: str | None = None  # type: ignore[assignment]  # required there
 
 
 class TokenizeRequest(ChatCompletionRequest, kw_only=True):
     """One of `content` (llama.cpp's form), `prompt` and `messages` (vLLM's); with `messages` as in /apply-template."""
 
-    model: str = _DEFAULT_NAME
-    messages: Annotated[list[Message], Meta(max_length=4096)] = msgspec.field(default_factory=list)
+    model: str | None = None  # type: ignore[assignment]  # required there
+    messages: Annotated[list[Message], Meta(max_length=4096)] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     add_special_tokens: bool | None = None  # BOS and the like; null: to a prompt, while templates write them themselves
     return_token_strs: bool | None = None
@@ -59,7 +59,7 @@ class TokenizedContent(Struct):
 
 class DetokenizeRequest(Struct):
     tokens: list[int]
-    model: str = _DEFAULT_NAME
+    model: str | None = None
 
 
 class Detokenized(Struct):
@@ -88,7 +88,7 @@ class Tokenize:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = decode_body(req, resp, self._decoder, strict=self._deps.strict)
-        self._deps.check_model(body.model)
+        self._deps.check_model(body.model or _DEFAULT_NAME)
         given = [name for name in ("content", "prompt", "messages") if getattr(body, name) not in (None, [])]
         if len(given) != 1:
             fault = "One of `content`, `prompt` and `messages` must be given."
@@ -148,7 +148,7 @@ class Detokenize:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = decode_body(req, resp, self._decoder, strict=self._deps.strict)
-        self._deps.check_model(body.model)
+        self._deps.check_model(body.model or _DEFAULT_NAME)
         check_token_ids(body.tokens, self._deps.engine.info(), "tokens")
         text = self._deps.model.tokenizer.decode(body.tokens, skip_special_tokens=False)
         resp.content_type = "application/json"
@@ -168,7 +168,7 @@ class ApplyTemplate:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = decode_body(req, resp, self._decoder, strict=self._deps.strict)
-        self._deps.check_model(body.model)
+        self._deps.check_model(body.model or _DEFAULT_NAME)
         resp.content_type = "application/json"
         resp.data = msgspec.json.encode(TemplateApplied(self._shown(_render(self._deps, body))))
 

@@ -31,22 +31,21 @@ def template_messages(
     return shown if "tools" in template.variables else _without_tools(shown, tools)
 
 
-def without_later_systems(messages: Sequence[Message]) -> list[Message] | None:
-    """System messages that are not first as parts of the user's turns; None if there are none.
+def in_plain_turns(messages: Sequence[Message]) -> list[Message] | None:
+    """The same as at most one system message and alternating turns of user and assistant; None if it is that already.
 
-    Agents write them into conversations, to be kept in mind from there on, and some templates refuse them.
+    Agents send several system messages, also within conversations, to be kept in mind from there on (they become parts
+    of the user's turns), and several messages of the user in a row. Some templates refuse them.
     """
-    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    if all(message["role"] != "system" for message in messages[first:]):
-        return None
-    shown = list(messages[:first])
-    for message in messages[first:]:
-        turn = {**message, "role": "user"} if message["role"] == "system" else message
-        if shown and shown[-1]["role"] == turn["role"] == "user":
+    shown: list[Message] = []
+    for message in messages:
+        is_later = message["role"] == "system" and any(before["role"] != "system" for before in shown)
+        turn = {**message, "role": "user"} if is_later else message
+        if shown and shown[-1]["role"] == turn["role"] and turn["role"] in ("system", "user"):
             shown[-1] = {**shown[-1], "content": f"{shown[-1]['content']}\n\n{turn['content']}"}
         else:
             shown.append(turn)
-    return shown
+    return None if shown == list(messages) else shown
 
 
 def template_tools(tools: Sequence[Tool]) -> list[Message]:

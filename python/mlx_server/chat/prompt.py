@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_server.chat.messages import template_messages, template_tools, without_later_systems
+from mlx_server.chat.messages import in_plain_turns, template_messages, template_tools
 from mlx_server.chat.served_model import ServedModel, Tokenizer
 from mlx_server.chat.types import ChatRequest, CompletionRequest, Reasoning, Scalar
 from mlx_server.errors import InvalidRequestError
@@ -52,7 +52,7 @@ def render_chat(model: ServedModel, request: ChatRequest) -> ChatPrompt:
     try:
         text = _render(model, request, shown)
     except InvalidRequestError as error:
-        if error.code != "chat_template_error" or (changed := without_later_systems(shown)) is None:
+        if error.code != "chat_template_error" or (changed := in_plain_turns(shown)) is None:
             raise
         text = _render(model, request, changed)
     if request.continue_final_message:

@@ -19,7 +19,10 @@ from mlx_server.engine.request import Request
 
 EndReason = Literal["stop", "length", "abort", "error"]
 
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_TTFT_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
 _TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _COUNTS = tuple(2**i for i in range(20))
@@ -193,6 +196,7 @@ class EngineStats(Collector):
             ("vllm:iteration_tokens_total", "Tokens of a step.", self._step_tokens),
             ("vllm:request_prompt_tokens", "Prompt tokens of a request.", self._prompt_tokens),
             ("vllm:request_generation_tokens", "Tokens generated for a request.", self._generation_tokens),
+            ("vllm:request_max_num_generation_tokens", "The same: each choice is a request.", self._generation_tokens),
             ("vllm:request_params_max_tokens", "What requests asked for at most.", self._max_tokens),
             ("mlx_server:step_rows", "Requests of a step.", self._step_rows),
             ("mlx_server:step_time_seconds", "A step, from the end of the one before.", self._step_s),
