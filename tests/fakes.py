@@ -43,6 +43,9 @@ class FakeRunner:
         self.window = window
         self.fail_at: set[int] = set()  # steps that fail
         self.poison: set[str] = set()  # requests that let each step fail that they take part in
+        self.fails_when_read = (
+            False  # as on a GPU: such a step fails when it is read, and the next one is launched then
+        )
         self.invalid: set[str] = set()  # requests for which no token can be drawn
         self.num_steps = 0
         self._in_flight: tuple[Batch, list[list[int]]] | None = None
@@ -59,14 +62,19 @@ class FakeRunner:
     def run(self, batch: Batch) -> StepResult | None:
         self.num_steps += 1
         previous, self._in_flight = self._in_flight, None
-        if self.num_steps in self.fail_at or self.poison & {row.request.request_id for row in batch.rows}:
+        if not self.fails_when_read and (self.num_steps in self.fail_at or self._is_poisoned(batch)):
             raise RuntimeError("the device is on fire")
         if batch.rows:
             self._in_flight = (batch, self._compute(batch, *(previous or (None, []))))
         if previous is None:
             return None
+        if self.fails_when_read and (self.num_steps in self.fail_at or self._is_poisoned(previous[0])):
+            raise RuntimeError("the device is on fire")
         done, token_ids = previous
         return StepResult(done, token_ids, [None] * len(token_ids), [[] for _ in done.rows])
+
+    def _is_poisoned(self, batch: Batch) -> bool:
+        return bool(self.poison & {row.request.request_id for row in batch.rows})
 
     def _compute(self, batch: Batch, previous: Batch | None, previous_tokens: list[list[int]]) -> list[list[int]]:
         arrays = BatchArrays.build(batch, previous, self.block_size)

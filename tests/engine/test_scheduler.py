@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from fakes import FAKE_VOCAB_SIZE, FakeRunner, fake_next_token
 from mlx_server import wire
@@ -244,6 +245,9 @@ def test_connection_gone_ends_its_requests_only() -> None:
         (make_submit("a", [-1], 5), "prompt token ids"),
         (make_submit("a", [1], 0), "max_tokens"),
         (make_submit("a", [1] * 60, 5), "context of 64"),
+        (replace(make_submit("a", [1], 5), end_token_ids=[FAKE_VOCAB_SIZE]), "end token ids"),
+        (replace(make_submit("a", [1], 5), sampling=SamplingParams(top_k=2**40)), "out of range"),
+        (replace(make_submit("a", [1], 5), sampling=SamplingParams(seed=-1)), "out of range"),
     ],
 )
 def test_bad_submit_is_refused(message: wire.Submit, fault: str) -> None:
@@ -266,8 +270,10 @@ def run_with_failures(core: EngineCore, collector: Collector, fault: type[Except
     raise AssertionError("not idle")
 
 
-def test_requests_of_a_failed_step_are_tried_again_and_get_their_tokens() -> None:
+@pytest.mark.parametrize("fails_when_read", [False, True])
+def test_requests_of_a_failed_step_are_tried_again_and_get_their_tokens(fails_when_read: bool) -> None:
     core, runner = make_core()
+    runner.fails_when_read = fails_when_read
     messages = [make_submit(name, [i, 2], 9) for i, name in enumerate("abc")]
     for message in messages:
         core.submit(API, message)
@@ -278,8 +284,10 @@ def test_requests_of_a_failed_step_are_tried_again_and_get_their_tokens() -> Non
         collector.check(message)
 
 
-def test_a_request_that_fails_alone_too_ends_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("fails_when_read", [False, True])
+def test_a_request_that_fails_alone_too_ends_and_the_others_go_on(fails_when_read: bool) -> None:
     core, runner = make_core()
+    runner.fails_when_read = fails_when_read
     messages = [make_submit(name, [i, 2], 9) for i, name in enumerate("abc")]
     for message in messages:
         core.submit(API, message)
@@ -292,12 +300,30 @@ def test_a_request_that_fails_alone_too_ends_and_the_others_go_on() -> None:
     collector.check(messages[2])
 
 
-def test_retries_end() -> None:
+@pytest.mark.parametrize("fails_when_read", [False, True])
+def test_retries_end(fails_when_read: bool) -> None:
     core, runner = make_core()
+    runner.fails_when_read = fails_when_read
     core.submit(API, make_submit("a", [1], 9))
     runner.fail_at = set(range(100))
     collector = Collector()
     run_with_failures(core, collector)
+    assert isinstance(collector.ends["a"], wire.Failed)
+
+
+def test_a_step_that_fails_when_it_is_read_is_the_fault_of_its_own_requests() -> None:
+    """The one launched after it may be without any, or of others."""
+    core, runner = make_core()
+    runner.fails_when_read, runner.poison = True, {"a"}
+    messages = [make_submit("a", [1], 1), make_submit("b", [2], 9)]
+    for message in messages:
+        core.submit(API, message)
+    collector = Collector()
+    run_with_failures(core, collector)
+    assert isinstance(collector.ends["a"], wire.Failed)
+    collector.check(messages[1])
+    core.submit(API, make_submit("a", [1], 1))
+    run_with_failures(core, collector := Collector())
     assert isinstance(collector.ends["a"], wire.Failed)
 
 

@@ -63,7 +63,7 @@ class EngineCore:
         self._speculator = speculator
         self._stats = stats or EngineStats()
         self._clock = clock
-        self._launching: Batch | None = None
+        self._at_risk: list[Batch] = []  # what a failure of this step loses, oldest first
         self.slowest_step_s = 0.0  # of all so far, the warm-up's too
         self._device_free_s = 0.0  # when the step in flight could begin
         self.info = info
@@ -79,7 +79,10 @@ class EngineCore:
 
     def step(self) -> Outputs:
         start_s = self._clock()
-        self._launching = batch = self._scheduler.schedule(start_s)
+        # A step may fail when it is read, and then is in flight no more.
+        self._at_risk = [self._runner.in_flight] if self._runner.in_flight else []
+        batch = self._scheduler.schedule(start_s)
+        self._at_risk.append(batch)
         previous = self._runner.run(batch)
         end_s = self._clock()
         self.slowest_step_s = max(self.slowest_step_s, end_s - start_s)
@@ -89,21 +92,23 @@ class EngineCore:
     def fail_step(self, *, out_of_memory: bool = False) -> Outputs:
         """After `step` has raised: its requests are tried again alone, or end; the others are kept. From then on steps
         are smaller if memory was short."""
-        lost = [batch for batch in (self._runner.in_flight, self._launching) if batch is not None]
         self._runner.reset()
         self._stats.on_failed_step()
         if out_of_memory:
             self._scheduler.shrink_steps()
         message = "The engine failed to compute a step of this request."
-        return self._scheduler.fail(lost, "engine_error", message, self._clock())
+        return self._scheduler.fail(self._at_risk, "engine_error", message, self._clock())
 
     def submit(self, connection: bytes, message: wire.Submit | wire.Embed) -> wire.Failed | None:
         """Queue a request, or say why not."""
         now_s = self._clock()
-        if isinstance(message, wire.Submit):
-            request = _to_request(connection, message, now_s)
-        else:
-            request = _to_pooled_request(connection, message, now_s)
+        try:
+            if isinstance(message, wire.Submit):
+                request = _to_request(connection, message, now_s)
+            else:
+                request = _to_pooled_request(connection, message, now_s)
+        except (OverflowError, ValueError):
+            return wire.Failed(message.request_id, "invalid_request", "a parameter of sampling is out of range")
         grammar = message.grammar if isinstance(message, wire.Submit) else None
         fault = self._fault(request)
         if grammar is not None and self._grammars is None:
@@ -168,6 +173,8 @@ class EngineCore:
         is_too_short = request.max_tokens < (0 if request.needs_every_state else 1)
         if is_too_short or len(prompt) + request.max_tokens > self.info.context_length:
             return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
+        if any(not 0 <= token_id < vocab_size for token_id in request.end_token_ids):
+            return f"end token ids must be in [0, {vocab_size})"
         sampling = request.sampling
         if any(not 0 <= token_id < vocab_size for token_id in (*sampling.logit_bias, *sampling.dry_sequence_breakers)):
             return f"token ids of logit_bias and dry_sequence_breakers must be in [0, {vocab_size})"
