@@ -2,6 +2,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import falcon.testing
+import httpx2
+import openai
 import pytest
 
 from api_process import Process, running
@@ -20,6 +22,20 @@ def post(client: falcon.testing.TestClient) -> Post:
         return client.simulate_post("/v1/chat/completions", json=body)
 
     return post
+
+
+@pytest.fixture
+def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
+    """openai's client, which checks answers strictly."""
+    transport = httpx2.WSGITransport(app=backend.app())
+    with openai.OpenAI(
+        api_key="none",
+        base_url="http://localhost:8000/v1",
+        max_retries=0,
+        http_client=httpx2.Client(transport=transport),
+        _strict_response_validation=True,
+    ) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """What each feature of POST /v1/chat/completions does: to the engine, and to the answer with openai's client."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
@@ -17,19 +15,6 @@ HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL: ChatCompletionToolParam = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-
-
-@pytest.fixture
-def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
-    transport = httpx2.WSGITransport(app=backend.app())
-    with openai.OpenAI(
-        api_key="none",
-        base_url="http://localhost:8000/v1",
-        max_retries=0,
-        http_client=httpx2.Client(transport=transport),
-        _strict_response_validation=True,
-    ) as client:
-        yield client
 
 
 def submitted(backend: Backend, post: Post, **fields: Any) -> Submit:

@@ -1,10 +1,9 @@
 """POST, GET and DELETE /v1/responses with OpenAI's own client, on the fake engine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import falcon.testing
-import httpx2
 import openai
 import pytest
 from openai.types.responses import FunctionToolParam
@@ -21,19 +20,6 @@ TOOL: FunctionToolParam = {
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 HEADER = "x-mlx-server-ignored"
 Post = Callable[..., falcon.testing.Result]
-
-
-@pytest.fixture
-def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
-    transport = httpx2.WSGITransport(app=backend.app())
-    with openai.OpenAI(
-        api_key="none",
-        base_url="http://localhost:8000/v1",
-        max_retries=0,
-        http_client=httpx2.Client(transport=transport),
-        _strict_response_validation=True,
-    ) as client:
-        yield client
 
 
 @pytest.fixture

@@ -173,11 +173,10 @@ class EngineCore:
         is_too_short = request.max_tokens < (0 if request.needs_every_state else 1)
         if is_too_short or len(prompt) + request.max_tokens > self.info.context_length:
             return f"prompt and max_tokens must fit the context of {self.info.context_length} tokens"
-        if any(not 0 <= token_id < vocab_size for token_id in request.end_token_ids):
-            return f"end token ids must be in [0, {vocab_size})"
         sampling = request.sampling
-        if any(not 0 <= token_id < vocab_size for token_id in (*sampling.logit_bias, *sampling.dry_sequence_breakers)):
-            return f"token ids of logit_bias and dry_sequence_breakers must be in [0, {vocab_size})"
+        token_ids = (*request.end_token_ids, *sampling.logit_bias, *sampling.dry_sequence_breakers)
+        if any(not 0 <= token_id < vocab_size for token_id in token_ids):
+            return f"end token ids, logit_bias and dry_sequence_breakers must be of token ids in [0, {vocab_size})"
         if max(sampling.logprobs or 0, request.num_prompt_logprobs or 0) > MAX_TOP_LOGPROBS:
             return f"logprobs and prompt_logprobs must be at most {MAX_TOP_LOGPROBS}"
         return None

@@ -12,7 +12,7 @@ from mlx_server.api.body import decode_body
 from mlx_server.api.deps import Deps
 from mlx_server.api.errors import ErrorReply
 from mlx_server.api.openai.chat_request import to_chat_request
-from mlx_server.api.openai.fields import Progress, to_timings, to_usage
+from mlx_server.api.openai.fields import to_progress, to_timings, to_usage
 from mlx_server.api.openai.types import (
     AnswerMessage,
     ChatCompletion,
@@ -106,7 +106,7 @@ class ChatWriter:
                 choices=choices,
                 usage=to_usage(total_usage(self._dones, self._n)),
                 system_fingerprint=self._fingerprint,
-                timings=msgspec.UNSET if first.timings is None else to_timings(first.usage, first.timings),
+                timings=to_timings(first),
             )
         )
 
@@ -185,16 +185,14 @@ class ChatWriter:
         return self._chunk(ChunkChoice(index=event.index, delta=delta))
 
     def _progress(self, event: PromptProgress) -> bytes:
-        progress = Progress(
-            event.num_prompt_tokens, event.num_cached_tokens, event.num_computed_tokens, 1e3 * event.elapsed_s
-        )
+        progress = to_progress(event)
         choices = [ChunkChoice(index=event.index, delta={})]
         return frame(_encode(msgspec.structs.replace(self._template, choices=choices, prompt_progress=progress)))
 
     def _finish(self, done: Done) -> bytes:
         self._dones.append(done)
         choices = [ChunkChoice(index=done.index, delta={}, finish_reason=done.finish_reason)]
-        timings = msgspec.UNSET if done.timings is None else to_timings(done.usage, done.timings)
+        timings = to_timings(done)
         return frame(_encode(msgspec.structs.replace(self._template, choices=choices, timings=timings)))
 
     def _chunk(self, choice: ChunkChoice) -> bytes:

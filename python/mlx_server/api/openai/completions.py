@@ -21,6 +21,7 @@ from mlx_server.api.openai.fields import (
     TokenId,
     refuse_nul,
     to_generation,
+    to_progress,
     to_timings,
     to_usage,
 )
@@ -192,7 +193,7 @@ class CompletionWriter:
                 self._template,
                 choices=[_join(i, its_pieces) for i, its_pieces in enumerate(chosen)],
                 usage=to_usage(total_usage(self._dones, self._best_of)),
-                timings=msgspec.UNSET if first.timings is None else to_timings(first.usage, first.timings),
+                timings=to_timings(first),
             )
         )
 
@@ -227,17 +228,13 @@ class CompletionWriter:
 
     def _frame(self, event: Event) -> bytes:
         if isinstance(event, PromptProgress):
-            progress = Progress(
-                event.num_prompt_tokens, event.num_cached_tokens, event.num_computed_tokens, 1e3 * event.elapsed_s
-            )
+            progress = to_progress(event)
             choices = [CompletionChoice(index=event.index, text="")]
             return frame(_encode(msgspec.structs.replace(self._template, choices=choices, prompt_progress=progress)))
         piece = self._piece(event)
         if piece is None:
             return b""
-        timings: AnswerTimings | msgspec.UnsetType = msgspec.UNSET
-        if isinstance(event, Done) and event.timings is not None:
-            timings = to_timings(event.usage, event.timings)
+        timings = to_timings(event) if isinstance(event, Done) else msgspec.UNSET
         return frame(_encode(msgspec.structs.replace(self._template, choices=[piece], timings=timings)))
 
     def _piece(self, event: Event) -> CompletionChoice | None:

@@ -9,10 +9,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mlx_server.chat.served_model import ServedModel
-from mlx_server.chat.types import Choice, Gbnf, Grammar, JsonSchema, Lark, Regex, Usage
+from mlx_server.chat.types import Choice, Done, Gbnf, Grammar, JsonSchema, Lark, PromptProgress, Regex, Usage
 from mlx_server.errors import InvalidRequestError
 from mlx_server.sampling_params import SamplingParams
-from mlx_server.wire import EngineInfo, Timings
+from mlx_server.wire import EngineInfo
 
 _INT64_MAX = 2**63 - 1
 _MAX_STOP_LENGTH = 4096
@@ -177,7 +177,11 @@ def to_usage(usage: Usage) -> CompletionUsage:
     )
 
 
-def to_timings(usage: Usage, timings: Timings) -> AnswerTimings:
+def to_timings(done: Done) -> AnswerTimings | msgspec.UnsetType:
+    """UNSET if the engine told none."""
+    usage, timings = done.usage, done.timings
+    if timings is None:
+        return msgspec.UNSET
     num_computed = usage.num_prompt_tokens - usage.num_cached_tokens
     num_predicted = usage.num_output_tokens
     return AnswerTimings(
@@ -189,6 +193,10 @@ def to_timings(usage: Usage, timings: Timings) -> AnswerTimings:
         predicted_ms=1e3 * timings.decode_s,
         predicted_per_second=_rate(max(num_predicted - 1, 0), timings.decode_s),  # the first one came with the prompt
     )
+
+
+def to_progress(event: PromptProgress) -> Progress:
+    return Progress(event.num_prompt_tokens, event.num_cached_tokens, event.num_computed_tokens, 1e3 * event.elapsed_s)
 
 
 def _rate(count: int, seconds: float) -> float:
