@@ -12,43 +12,21 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
+from completers import Complete, mlx_lm, ours
+from mlx import nn
 
-from mlx_server import wire
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.model_config import load_config
-from mlx_server.engine.assembly import make_engine_core
-from mlx_server.engine.memory import plan_memory
 from mlx_server.models.gguf import load_gguf_tensors
 from mlx_server.models.loader import load_model
-from mlx_server.sampling_params import SamplingParams
 
 VOCAB_SIZE = 49152
 STREAMS = [1, 2, 4, 8, 16, 32]
 
-# Answers all prompts at once, each greedily with so many tokens.
-Complete = Callable[[list[list[int]], int], None]
 
-
-def ours(path: Path) -> Complete:
-    model = load_model(str(path))
-    core = make_engine_core(model, plan_memory(model))
-
-    def complete(prompts: list[list[int]], max_tokens: int) -> None:
-        for i, prompt in enumerate(prompts):
-            refused = core.submit(b"", wire.Submit(str(i), prompt, max_tokens, [], SamplingParams(temperature=0.0)))
-            assert refused is None
-        while core.has_work:
-            core.step()
-
-    return complete
-
-
-def mlx_lm(path: Path) -> Complete:
-    pytest.importorskip("mlx_lm")
-    from mlx import nn  # noqa: PLC0415
-    from mlx_lm.generate import BatchGenerator, generate_step  # noqa: PLC0415
-    from mlx_lm.models import llama  # noqa: PLC0415
-
+def load_peer(path: Path) -> nn.Module:
+    """mlx-lm's model with the weights of a GGUF file, the same as ours."""
+    llama = pytest.importorskip("mlx_lm.models.llama")
     header, config = read_gguf(path), load_config(path)
     tensors, plan = load_gguf_tensors(header, config["head_dim"])  # type: ignore[arg-type]
     model = llama.Model(llama.ModelArgs.from_dict(config | {"tie_word_embeddings": True}))
@@ -62,20 +40,7 @@ def mlx_lm(path: Path) -> Complete:
         [(name, x if x.dtype == mx.uint32 else x.astype(mx.float32)) for name, x in tensors.items()], strict=True
     )
     mx.eval(model.parameters())
-
-    def complete(prompts: list[list[int]], max_tokens: int) -> None:
-        if len(prompts) == 1:
-            for _ in generate_step(mx.array(prompts[0]), model, max_tokens=max_tokens):
-                pass
-            return
-        generator = BatchGenerator(model, max_tokens=max_tokens, completion_batch_size=len(prompts))
-        generator.insert(prompts)
-        num_open = len(prompts)
-        while num_open:
-            num_open -= sum(response.finish_reason is not None for response in generator.next_generated())
-        generator.close()
-
-    return complete
+    return model
 
 
 def llama_cpp(path: Path) -> Complete:
@@ -97,10 +62,17 @@ def llama_cpp(path: Path) -> Complete:
     return complete
 
 
-@pytest.fixture(scope="module", params=[ours, mlx_lm, llama_cpp], ids=["mlx-server", "mlx-lm", "llama.cpp"])
+MAKERS: dict[str, Callable[[Path], Complete]] = {
+    "mlx-server": lambda path: ours(load_model(str(path))),
+    "mlx-lm": lambda path: mlx_lm(load_peer(path)),
+    "llama.cpp": llama_cpp,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
 def complete(request, demo_gguf) -> Complete:
     mx.reset_peak_memory()
-    return request.param(demo_gguf)
+    return MAKERS[request.param](demo_gguf)
 
 
 def random_prompts(num_tokens: int) -> Iterator[list[int]]:
