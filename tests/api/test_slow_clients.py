@@ -21,6 +21,9 @@ POST = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/js
 WITH_LENGTH = POST + b"Content-Length: %d\r\n\r\n" % len(BODY)
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+MESSAGES = POST.replace(CHAT.encode(), b"/v1/messages")
+ORIGIN = b"http://a:1"
+FROM_A_PAGE = b"Origin: %s\r\n" % ORIGIN
 OPENAI_KEYS = {"message", "type", "param", "code"}
 
 
@@ -38,16 +41,22 @@ def read_all(connection: socket.socket) -> bytes:
     return answer
 
 
-def check_only_error(answer: bytes, status: int, code: str, *, anthropic: bool = False) -> None:
-    """One answer, with an id, in an envelope."""
+def check_only_error(
+    answer: bytes, status: int, code: str, *, anthropic: bool = False, origin: bytes | None = None
+) -> None:
+    """One answer, with an id, in an envelope. `origin`: of the page that may read it."""
     assert answer.count(b"HTTP/1.1 ") == 1, answer
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), answer
     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     assert fields[b"x-request-id"] == fields[b"request-id"] and fields[b"connection"] == b"close"
+    assert fields.get(b"access-control-allow-origin") == origin
+    assert (b"retry-after" in fields.get(b"access-control-expose-headers", b"")) is (origin is not None)
     error = json.loads(body)["error"]
     if anthropic:
-        assert error["details"]["error_code"] == code and json.loads(body)["request_id"].startswith("req_")
+        assert json.loads(body).keys() == {"type", "error", "request_id"}
+        assert json.loads(body)["request_id"].encode() == fields[b"request-id"]
+        assert error["details"]["error_code"] == code
     else:
         assert error.keys() == OPENAI_KEYS and error["code"] == code
 
@@ -91,7 +100,7 @@ def test_what_is_malformed_or_too_large_gets_one_answer(process: Process, head: 
 def test_malformed_requests_to_anthropics_paths(process: Process) -> None:
     for head in (b"POST /v1/messages?beta=true HTTP/1.1\r\nHost : a\r\n\r\n", b"POST /v1/messages HTTP/1.1\n"):
         check_only_error(read_all(connect(process, head)), 400, "malformed_request", anthropic=True)
-    large = POST.replace(CHAT.encode(), b"/v1/messages") + b"Content-Length: 100000000\r\n\r\n"
+    large = MESSAGES + b"Content-Length: 100000000\r\n\r\n"
     check_only_error(read_all(connect(process, large)), 413, "request_too_large", anthropic=True)
 
 
@@ -175,7 +184,7 @@ def test_expect_continue_is_answered_before_the_body_and_once(process: Process) 
 @pytest.fixture(scope="module")
 def impatient_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     limits = ClientLimits(idle_s=2, head_s=1.0, body_s=1.0, linger_s=0.5)
-    with running(tmp_path_factory.mktemp("api"), limits) as process:
+    with running(tmp_path_factory.mktemp("api"), limits, allowed_origins=(ORIGIN.decode(),)) as process:
         yield process
 
 
@@ -188,6 +197,38 @@ def impatient(impatient_process: Process) -> Iterator[Process]:
 @pytest.mark.parametrize("data", [b"G", GET, GET + b"a:", WITH_LENGTH, WITH_LENGTH + BODY[:9], CHUNKED + b"5\r\nabc"])
 def test_slow_requests_end_with_a_408(impatient: Process, data: bytes) -> None:
     check_only_error(read_all(connect(impatient, data)), 408, "request_timeout")
+
+
+@pytest.mark.parametrize(
+    "head, status, code",
+    [
+        (GET.replace(b"/v1/models", b"/" + b"a" * 9000), 414, "uri_too_long"),
+        (GET + FROM_A_PAGE + b"a: b\r\n" * 100 + b"\r\n", 431, "headers_too_large"),
+        (GET + FROM_A_PAGE + b"a: %s\r\n" % (b"b" * 4000) * 9, 431, "headers_too_large"),
+        (GET + FROM_A_PAGE + b"Expect: magic\r\n\r\n", 417, "expectation_failed"),
+        (GET + FROM_A_PAGE + b"Host : a\r\n\r\n", 400, "malformed_request"),
+        (POST + FROM_A_PAGE + b"Content-Length: 100000000\r\n\r\n", 413, "request_too_large"),
+        (POST + FROM_A_PAGE + b"Content-Length: 9\r\n\r\n", 408, "request_timeout"),
+        (MESSAGES + FROM_A_PAGE + b"a: b\r\n" * 100 + b"\r\n", 431, "headers_too_large"),
+        (MESSAGES + FROM_A_PAGE + b"Content-Length: 100000000\r\n\r\n", 413, "request_too_large"),
+        (MESSAGES + FROM_A_PAGE + b"a: b", 408, "request_timeout"),
+        (GET + b"Anthropic-Version: 2026-10-21\r\n" + FROM_A_PAGE, 408, "request_timeout"),
+    ],
+)  # fmt: skip
+def test_pages_may_read_what_reaches_no_resource(impatient: Process, head: bytes, status: int, code: str) -> None:
+    origin = ORIGIN if FROM_A_PAGE in head else None
+    is_anthropics = head.startswith(MESSAGES[:20]) or b"Anthropic" in head
+    check_only_error(read_all(connect(impatient, head)), status, code, anthropic=is_anthropics, origin=origin)
+
+
+@pytest.mark.parametrize("origin", [b"http://b:1", b"http://a:12", b"http://a:1\nset-cookie: a"])
+def test_other_pages_may_not(impatient: Process, origin: bytes) -> None:
+    head = GET + b"Origin: %s\r\nHost : a\r\n\r\n" % origin
+    check_only_error(read_all(connect(impatient, head)), 400, "malformed_request")
+
+
+def test_an_origin_that_is_cut_is_none(impatient: Process) -> None:
+    check_only_error(read_all(connect(impatient, GET + FROM_A_PAGE[:-2])), 408, "request_timeout")
 
 
 def test_a_trickle_does_not_move_the_deadline(impatient: Process) -> None:
@@ -280,11 +321,12 @@ def test_a_low_limit_of_files(tmp_path: Path) -> None:
 
 
 def test_unfinished_requests_take_a_bounded_memory(tmp_path: Path) -> None:
-    with running(tmp_path, ClientLimits(max_pending_bytes=4 << 20)) as process:
-        half = POST + b"Content-Length: %d\r\n\r\n" % (3 << 20) + b" " * (2 << 20)
+    limits = ClientLimits(max_pending_bytes=4 << 20)
+    with running(tmp_path, limits, allowed_origins=("*",)) as process:
+        half = MESSAGES + FROM_A_PAGE + b"Content-Length: %d\r\n\r\n" % (3 << 20) + b" " * (2 << 20)
         connections = [connect(process, half) for _ in range(5)]  # of two workers, each holds two at most
         ready = select.select(connections, [], [], 20)[0]
-        check_only_error(read_all(ready[0]), 503, "server_busy")
+        check_only_error(read_all(ready[0]), 529, "server_busy", anthropic=True, origin=ORIGIN)
         process.disconnect()
         assert process.post().status == 200
 

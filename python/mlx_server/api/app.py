@@ -21,10 +21,11 @@ from mlx_server.api.tokenize import ApplyTemplate, Detokenize, Tokenize
 
 def create_app(deps: Deps) -> AccessLog:
     """The application for one served model."""
-    middleware: list[Any] = [RequestId()]
-    if deps.allowed_origins:
-        middleware.append(Cors(deps.allowed_origins))
-    middleware.append(HostCheck(deps.host_names, any_name=deps.api_key is not None))
+    middleware: list[Any] = [
+        RequestId(),
+        Cors(deps.allowed_origins),
+        HostCheck(deps.host_names, any_name=deps.api_key is not None),
+    ]
     if deps.api_key is not None:
         middleware.append(Auth(deps.api_key))
     if deps.rate_limiter is not None:

@@ -19,7 +19,7 @@ from falcon import code_to_http_status
 
 from mlx_server.api.body import MAX_BODY_BYTES, incomplete, too_large
 from mlx_server.api.errors import HttpError, answer, describe
-from mlx_server.api.middleware import new_request_id
+from mlx_server.api.middleware import Cors, new_request_id
 
 log = logging.getLogger(__name__)
 
@@ -142,13 +142,13 @@ class Connection(Generic[_R]):
         """Let no deadline be later than this one; of requests that are coming neither."""
         self._deadline = min(self._deadline, deadline)
 
-    def refuse(self, error: HttpError) -> None:
+    def refuse(self, error: HttpError, cors: Cors) -> None:
         """Answer a request that reaches no resource; the connection is to be closed."""
         path, headers = self._target()
         request_id = new_request_id()
         status, fields, body = answer(describe(error), path, headers, request_id)
         log.info("%s - %s %s", request_id, quote(path[:200]), status)
-        fields |= {
+        fields |= cors.headers(headers.get("ORIGIN")) | {
             "x-request-id": request_id,
             "request-id": request_id,
             "content-length": str(len(body)),
@@ -161,8 +161,7 @@ class Connection(Generic[_R]):
         """Path and headers of the request, as far as they are known: "-" and none at first."""
         if self.request is not None:
             return self.request.path, dict(self.request.headers)
-        words = (self._head or bytes(self.received[:MAX_URI_BYTES])).split(b" ", 2)
-        return words[1].partition(b"?")[0].decode("latin-1") if len(words) > 1 else "-", {}
+        return read_target(self._head or bytes(self.received[:MAX_HEAD_BYTES]))
 
     def send_at_once(self, data: bytes) -> None:
         """Send what fits into the kernel's buffer: all of it, unless the client reads nothing that it is sent."""
@@ -199,6 +198,16 @@ def take_head(data: bytearray) -> bytes | None:
     head = bytes(data[:size])
     del data[:size]
     return head
+
+
+def read_target(head: bytes) -> tuple[str, dict[str, str]]:
+    """Path and headers of a head that is malformed, or of which more is to come: those that can be made out."""
+    text, end, _ = head.decode("latin-1").partition("\r\n\r\n")
+    first, *lines = text.split("\r\n")
+    words = first.split(" ", 2)
+    path = words[1].partition("?")[0] if len(words) > 1 else "-"
+    fields = (line.partition(":") for line in (lines if end else lines[:-1]) if line.isprintable())
+    return path, {name.strip().upper(): value.strip() for name, _, value in fields}
 
 
 def headers_too_large() -> HttpError:

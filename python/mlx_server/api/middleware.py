@@ -52,15 +52,27 @@ class Cors:
         """`origins`: such as `http://localhost:3000`; `*` allows all."""
         self._origins = origins
 
+    def headers(self, origin: str | None) -> dict[str, str]:
+        """Of any answer to a page of that origin."""
+        if not self._origins:
+            return {}
+        headers = {"vary": "Origin"}
+        if origin and self._allows(origin):
+            headers |= {
+                "access-control-allow-origin": origin,
+                "access-control-expose-headers": _CORS_RESPONSE_HEADERS,
+            }
+        return headers
+
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.append_header("vary", "Origin")
         origin = req.get_header("origin")
-        if origin is None or not ("*" in self._origins or origin in self._origins):
-            return
-        resp.set_header("access-control-allow-origin", origin)
-        resp.set_header("access-control-expose-headers", _CORS_RESPONSE_HEADERS)
-        if req.method == "OPTIONS" and req.get_header("access-control-request-method") is not None:
+        resp.set_headers(self.headers(origin))
+        is_preflight = req.method == "OPTIONS" and req.get_header("access-control-request-method") is not None
+        if is_preflight and origin and self._allows(origin):
             self._answer_preflight(req, resp)
+
+    def _allows(self, origin: str) -> bool:
+        return "*" in self._origins or origin in self._origins
 
     def _answer_preflight(self, req: falcon.Request, resp: falcon.Response) -> None:
         asked = req.get_header("access-control-request-headers")

@@ -45,7 +45,7 @@ from mlx_server.api.incoming import (
     headers_too_large,
 )
 from mlx_server.api.lifeline import end_with_supervisor
-from mlx_server.api.middleware import HEALTH_PATHS, AccessLog
+from mlx_server.api.middleware import HEALTH_PATHS, AccessLog, Cors
 from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.api.rate_limit import RateLimiter
 from mlx_server.chat.served_model import ServedModel, load_served_model
@@ -89,6 +89,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         self._listener_fd = listener_fd
         self._load_model = load_model
         self.limits = limits
+        self.cors = Cors(launch.settings.allowed_origins)
         self._start_time = int(time.time())
         self.engine: EngineClient | None = None
         super().__init__()
@@ -297,7 +298,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.method_queue.defer(self._advance, connection)
 
     def _refuse(self, connection: Connection[Request], error: HttpError) -> None:
-        connection.refuse(error)
+        connection.refuse(error, self.app.cors)
         self._linger(connection)
 
     # --- time passes: gunicorn calls these in each turn of its loop ---
