@@ -22,15 +22,18 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FUNCTION = {"name": "f", "parameters": SCHEMA}
 HELLO = [{"role": "user", "content": "Hi"}]
 PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "chat": ("/v1/chat/completions", {"messages": HELLO, "stream_options": {"include_usage": True}}),
-    "completions": ("/v1/completions", {"prompt": "Hi", "stream_options": {"include_usage": True}}),
-    "messages": ("/v1/messages", {"messages": HELLO}),
+    "chat": ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 200, "stream_options": {"include_usage": True}}),
+    "completions": ("/v1/completions", {"prompt": "Hi", "max_tokens": 200, "stream_options": {"include_usage": True}}),
+    "messages": ("/v1/messages", {"messages": HELLO, "max_tokens": 200}),
+    "responses": ("/v1/responses", {"input": "Hi", "max_output_tokens": 200}),
 }
 TOOLS: dict[str, dict[str, Any]] = {
     "chat": {"tools": [{"type": "function", "function": FUNCTION}]},
     "messages": {"tools": [{"name": "f", "input_schema": SCHEMA}]},
+    "responses": {"tools": [{"type": "function", **FUNCTION}]},
 }
 STOP = {"messages": "stop_sequences"}  # its name, where it is not `stop`
+LACKS = {"completions": ("tools", "reasoning"), "responses": ("stop_string",)}
 
 
 class Case(NamedTuple):
@@ -60,7 +63,7 @@ TRANSCRIPTS = [
     (protocol, case)
     for protocol in PROTOCOLS
     for case in CASES
-    if not (protocol == "completions" and case in ("tools", "reasoning"))  # raw text
+    if case not in LACKS.get(protocol, ())
 ]
 
 
@@ -95,7 +98,7 @@ def transcript(backend: Backend, protocol: str, case: Case, fields: dict[str, An
     permits = threading.Semaphore(1 if is_told_progress else 2)
     backend.engine.script = stepwise(case, permits)
     path, prompt = PROTOCOLS[protocol]
-    body = {"model": "tiny", "max_tokens": 200, "stream": True} | prompt | fields
+    body = {"model": "tiny", "stream": True} | prompt | fields
     model = fake_model(reasoning_tags=Tags("<think>", "</think>"))
     with Conversation(backend.app(model=model), path, body) as conversation:
         received = conversation.read()
@@ -151,8 +154,8 @@ class Conversation(Iterator[bytes]):
 def anonymous(sse: bytes) -> bytes:
     """Without what is another one each time."""
     for pattern, replacement in (
-        (rb'"(chatcmpl-|cmpl-|msg_|call_|toolu_|resp_)[0-9a-f]+"', rb'"\1ID"'),
-        (rb'"created":\d+', rb'"created":0'),
+        (rb'"(chatcmpl-|cmpl-|msg_|rs_|fc_|call_|toolu_|resp_)[0-9a-f]+(_\d+)?"', rb'"\1ID\2"'),
+        (rb'"(created|created_at|completed_at)":\d+', rb'"\1":0'),
         (rb'"request_id":"[^"]+"', rb'"request_id":"ID"'),
         (rb'"timings":\{[^}]*\}', rb'"timings":{}'),
     ):
