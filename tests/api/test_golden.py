@@ -59,12 +59,7 @@ CASES = {
     "error": Case(("so far",), "failure"),
     "disconnect": Case(("so", " far"), "disconnect"),
 }
-TRANSCRIPTS = [
-    (protocol, case)
-    for protocol in PROTOCOLS
-    for case in CASES
-    if case not in LACKS.get(protocol, ())
-]
+TRANSCRIPTS = [(protocol, case) for protocol in PROTOCOLS for case in CASES if case not in LACKS.get(protocol, ())]
 
 
 def stepwise(case: Case, permits: threading.Semaphore) -> Script:

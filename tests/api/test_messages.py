@@ -9,7 +9,8 @@ import httpx2
 import pytest
 from anthropic.types import MessageParam, ToolParam
 
-from fake_engine import END, Backend, answer, failing
+from chat.test_generation_events import THINKING, OpeningTemplate
+from fake_engine import END, Backend, PlainTemplate, answer, failing, fake_model
 from mlx_server.wire import Failed, Progress, RequestOutput, Submit
 
 HELLO: list[MessageParam] = [{"role": "user", "content": "Hi"}]
@@ -87,6 +88,34 @@ def test_a_stop_sequence_is_named(sdk: anthropic.Anthropic) -> None:
     message = sdk.messages.create(model="tiny", max_tokens=64, messages=HELLO, stop_sequences=["x", "lo"])
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "lo")
     assert [block.to_dict() for block in message.content] == [{"type": "text", "text": "Hel"}]
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("max_tokens", [1, 30])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"system": "Be brief.", "tools": [TOOL], "tool_choice": {"type": "any"}},
+        {"messages": [*HELLO, {"role": "assistant", "content": "I"}]},
+        {"thinking": {"type": "disabled"}},
+        {"thinking": {"type": "enabled", "budget_tokens": 0}},
+        {"thinking": {"type": "enabled", "budget_tokens": 3}},
+        {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+        {"output_config": {"effort": "max", "format": {"type": "json_schema", "schema": {"type": "object"}}}},
+    ],
+)
+def test_a_count_is_what_usage_says(backend: Backend, fields: dict[str, Any], max_tokens: int, opens: bool) -> None:
+    """`opens`: the template begins thoughts, which it has no switch for."""
+    backend.engine.script = answer("Hm.\n</think>\n\nHi.", num_cached=5)
+    model = fake_model(**THINKING, template=OpeningTemplate() if opens else PlainTemplate())
+    client = falcon.testing.TestClient(backend.app(model=model), headers={"host": "localhost"})
+    body = {"model": "tiny", "messages": HELLO} | fields
+    usage = client.simulate_post("/v1/messages", json=body | {"max_tokens": max_tokens}).json["usage"]
+    counted = client.simulate_post("/v1/messages/count_tokens", json=body).json["input_tokens"]
+    assert usage["cache_read_input_tokens"] == 5
+    assert counted == sum(usage[f"{kind}input_tokens"] for kind in ("", "cache_read_", "cache_creation_"))
+    assert counted == len(backend.engine.submits[0].prompt_token_ids)
 
 
 @pytest.mark.parametrize(

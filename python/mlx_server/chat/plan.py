@@ -66,14 +66,8 @@ def _plan_completion(
 
 
 def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadline_s: float) -> list[ChoiceStream]:
-    prompt = render_chat(model, request)
-    token_ids = chat_tokens(model, prompt, info)
+    token_ids, thinking = _chat_prompt(model, request, info)
     tools = _callable_tools(request)
-    thinking = _thinking(model, request, prompt, room=info.context_length - len(token_ids))
-    if thinking.state == "open" and thinking.budget == 0:
-        token_ids = [*token_ids, *model.tokenizer.encode(thinking.close.lstrip())]
-        check_length(token_ids, info, "messages", room=1)
-        thinking = replace(thinking, state="none")
     submit = msgspec.structs.replace(
         _submit(model, request, token_ids, info, deadline_s), grammar=_grammar(model, request, tools, thinking.state)
     )
@@ -90,6 +84,11 @@ def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadl
         choice.shows_progress = request.progress
         choices.append(choice)
     return choices
+
+
+def count_prompt_tokens(model: ServedModel, request: ChatRequest, info: EngineInfo) -> int:
+    """Those that the request's usage will tell, whatever its max_tokens. InvalidRequestError as for `plan`."""
+    return len(_chat_prompt(model, request, info)[0])
 
 
 def _submit(
@@ -174,6 +173,18 @@ class _Thinking:
     budget: int | None = None  # tokens
 
 
+def _chat_prompt(model: ServedModel, request: ChatRequest, info: EngineInfo) -> tuple[list[int], _Thinking]:
+    """The prompt's tokens, with the tag that ends the thoughts, if the template begins some that are not wanted."""
+    prompt = render_chat(model, request)
+    token_ids = chat_tokens(model, prompt, info)
+    thinking = _thinking(model, request, prompt, room=info.context_length - len(token_ids))
+    if thinking.state == "open" and thinking.budget == 0:
+        token_ids = [*token_ids, *model.tokenizer.encode(thinking.close.lstrip())]
+        check_length(token_ids, info, "messages", room=1)
+        thinking = replace(thinking, state="none")
+    return token_ids, thinking
+
+
 def _thinking(model: ServedModel, request: ChatRequest, prompt: ChatPrompt, room: int) -> _Thinking:
     tags = model.reasoning_tags
     if tags is None:
@@ -194,7 +205,8 @@ def _thinking_budget(request: ChatRequest, variables: frozenset[str], room: int)
     if reasoning.budget_tokens is not None:
         return reasoning.budget_tokens
     if reasoning.effort in _EFFORT_SHARES and "reasoning_effort" not in variables:
-        return int(_EFFORT_SHARES[reasoning.effort] * min(request.max_tokens, room))
+        # Only 0 that the client asked for closes the thoughts in the prompt, which must not depend on max_tokens.
+        return max(int(_EFFORT_SHARES[reasoning.effort] * min(request.max_tokens, room)), 1)
     return None
 
 

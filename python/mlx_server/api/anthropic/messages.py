@@ -23,7 +23,7 @@ from mlx_server.api.openapi import Operation
 from mlx_server.api.respond import respond
 from mlx_server.chat import types as chat
 from mlx_server.chat.incremental import whole_object
-from mlx_server.chat.prompt import chat_tokens, render_chat
+from mlx_server.chat.plan import count_prompt_tokens
 from mlx_server.chat.types import Done, Event, PromptProgress, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStart
 
 _encode = msgspec.json.encode
@@ -72,10 +72,9 @@ class CountTokens:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = decode_body(req, resp, self._decoder, strict=self._deps.strict)
         self._deps.check_model(body.model)
-        prompt = render_chat(self._deps.model, to_prompt(body))
-        token_ids = chat_tokens(self._deps.model, prompt, self._deps.engine.info())
+        count = count_prompt_tokens(self._deps.model, to_prompt(body), self._deps.engine.info())
         resp.content_type = "application/json"
-        resp.data = _encode(TokenCount(len(token_ids)))
+        resp.data = _encode(TokenCount(count))
 
 
 class MessageWriter:
