@@ -24,17 +24,20 @@ def post(client: falcon.testing.TestClient) -> Post:
     return post
 
 
-@pytest.fixture
-def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
-    """openai's client, which checks answers strictly."""
-    transport = httpx2.WSGITransport(app=backend.app())
-    with openai.OpenAI(
+def strict_client(backend: Backend, **deps: Any) -> openai.OpenAI:
+    """openai's client of an app, which checks answers strictly."""
+    return openai.OpenAI(
         api_key="none",
         base_url="http://localhost:8000/v1",
         max_retries=0,
-        http_client=httpx2.Client(transport=transport),
+        http_client=httpx2.Client(transport=httpx2.WSGITransport(app=backend.app(**deps))),
         _strict_response_validation=True,
-    ) as client:
+    )
+
+
+@pytest.fixture
+def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
+    with strict_client(backend) as client:
         yield client
 
 

@@ -1,15 +1,20 @@
 """What each feature of POST /v1/chat/completions does: to the engine, and to the answer with openai's client."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import BaseModel
 
-from fake_engine import END, TIMINGS, Backend, Post, answer
-from mlx_server.wire import Submit
+from api.conftest import strict_client
+from chat.test_generation_events import THINKING, OpeningTemplate
+from fake_engine import END, TIMINGS, Backend, Post, answer, endless, fake_model
+from grammars import Vocabulary
+from mlx_server.wire import RequestOutput, Submit
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -21,6 +26,15 @@ def submitted(backend: Backend, post: Post, **fields: Any) -> Submit:
     result = post(**fields)
     assert result.status_code == 200, result.text
     return backend.engine.submits[-1]
+
+
+def ask(sdk: openai.OpenAI, *, streamed: bool, **fields: Any) -> Any:
+    """The answer; from a stream, as the SDK puts it together."""
+    request: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 90} | fields
+    if not streamed:
+        return sdk.chat.completions.create(**request)
+    with sdk.chat.completions.stream(**request, stream_options={"include_usage": True}) as stream:
+        return stream.get_final_completion()
 
 
 @pytest.mark.parametrize(
@@ -109,17 +123,85 @@ def test_choices(sdk: openai.OpenAI, backend: Backend) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_tool_calls(sdk: openai.OpenAI, backend: Backend, streamed: bool) -> None:
     backend.engine.script = answer(f"I look.\n{CALL}")
-    fields: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL], "max_tokens": 90}
-    if streamed:
-        with sdk.chat.completions.stream(**fields) as stream:
-            completion: Any = stream.get_final_completion()
-    else:
-        completion = sdk.chat.completions.create(**fields)
-    (choice,) = completion.choices
+    (choice,) = ask(sdk, streamed=streamed, tools=[TOOL]).choices
     assert choice.finish_reason == "tool_calls"
     first = choice.message.tool_calls[0]
     assert (first.function.name, json.loads(first.function.arguments)) == ("f", {"a": 1})
     assert choice.message.content.strip() == "I look."
+
+
+def allowed_tools(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_only_allowed_tools_are_called(sdk: openai.OpenAI, backend: Backend, streamed: bool) -> None:
+    other = {"type": "function", "function": {"name": "g", "parameters": SCHEMA}}
+    backend.engine.script = answer(CALL)
+    for name, finish_reason in (("f", "tool_calls"), ("g", "stop")):
+        choice = allowed_tools("auto", name)
+        (said,) = ask(sdk, streamed=streamed, tools=[TOOL, other], tool_choice=choice).choices
+        assert said.finish_reason == finish_reason
+        assert [call.function.name for call in said.message.tool_calls or []] == ["f"] * (name == "f")
+        assert (said.message.content or "") == ("" if name == "f" else CALL)
+    for submit in backend.engine.submits:
+        assert bytes(submit.prompt_token_ids).startswith(b"tools: f, g\n") and submit.grammar is None
+
+
+def test_one_of_the_allowed_tools_must_be_called(backend: Backend, post: Post) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g", "h")]
+    grammar = submitted(backend, post, tools=tools, tool_choice=allowed_tools("required", "f", "h")).grammar
+    assert grammar is not None
+    for name, expected in (("f", True), ("g", False), ("h", True)):
+        assert matches(grammar, CALL.replace('"f"', f'"{name}"')) is expected
+    assert not matches(grammar, "Hello!")
+
+
+def matches(grammar: str, text: str) -> bool:
+    matcher = LLMatcher(LLTokenizer(TokenizerWrapper(Vocabulary())), grammar)
+    return matcher.consume_tokens(Vocabulary()(text)) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        (allowed_tools("auto", "g"), "tool_choice"),
+        (allowed_tools("auto"), "tool_choice.allowed_tools.tools"),
+        (allowed_tools("none", "f"), "tool_choice.allowed_tools.mode"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}, "tool_choice.allowed_tools.tools"),
+        ({"type": "allowed_tools"}, "tool_choice"),
+        ({"type": "function"}, "tool_choice"),
+        ({"type": "function", "function": {"name": "g"}}, "tool_choice"),
+    ],
+)
+def test_choices_of_tools_that_are_not_there(post: Post, choice: dict[str, Any], param: str) -> None:
+    result = post(tools=[TOOL], tool_choice=choice)
+    assert (result.status_code, result.json["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_budget_of_thoughts(backend: Backend, streamed: bool) -> None:
+    """The fake engine thinks for ever, unless the thoughts are closed."""
+
+    def script(submit: Submit) -> Iterator[RequestOutput | None]:
+        closed = bytes(submit.prompt_token_ids).endswith(b"\n</think>\n\n")
+        return (answer("Hi.") if closed else endless)(submit)
+
+    backend.engine.script = script
+    with strict_client(backend, model=fake_model(**THINKING, template=OpeningTemplate())) as sdk:
+        for budget, thoughts, num_reasoning in ((5, "xxxxx", 16), (1, "x", 12), (0, None, 0)):
+            backend.engine.submits.clear()
+            answered = ask(sdk, streamed=streamed, extra_body={"thinking_token_budget": budget})
+            message, usage = answered.choices[0].message, answered.usage
+            assert (message.content, answered.choices[0].finish_reason) == ("Hi.", "stop")
+            assert getattr(message, "reasoning_content", None) == thoughts
+            assert usage.completion_tokens_details.reasoning_tokens == num_reasoning
+            assert usage.completion_tokens == num_reasoning + len("Hi.") + 1
+            closed = b"" if budget else b"</think>\n\n"
+            prompt = backend.engine.submits[0].prompt_token_ids
+            assert bytes(prompt) == b"user: hi\n<think>\n" + closed
+            assert usage.prompt_tokens == len(prompt)
 
 
 def test_a_conversation_with_tools_reaches_the_template(backend: Backend, post: Post) -> None:
@@ -135,13 +217,7 @@ def test_a_conversation_with_tools_reaches_the_template(backend: Backend, post: 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_logprobs(sdk: openai.OpenAI, streamed: bool) -> None:
-    fields: dict[str, Any] = {"model": "tiny", "messages": HELLO, "logprobs": True, "top_logprobs": 2}
-    if streamed:
-        with sdk.chat.completions.stream(**fields) as stream:
-            completion: Any = stream.get_final_completion()
-    else:
-        completion = sdk.chat.completions.create(**fields)
-    (choice,) = completion.choices
+    (choice,) = ask(sdk, streamed=streamed, logprobs=True, top_logprobs=2).choices
     tokens = choice.logprobs.content
     assert "".join(token.token for token in tokens) == choice.message.content == "Hello!"
     assert [bytes(token.bytes) for token in tokens] == [b"H", b"e", b"l", b"l", b"o", b"!"]

@@ -113,6 +113,18 @@ def test_a_call_that_must_come_is_valid(client: OpenAI, choice: Any, seed: int) 
     jsonschema.validate(json.loads(call.function.arguments), WEATHER)
 
 
+def test_only_the_allowed_tools_can_be_called(client: OpenAI) -> None:
+    names = ["describe_city", "get_weather", "play_chess"]
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": nothing}} for name in names]
+    for name in names:
+        allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": name}}]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        answer = ask(client, tools=tools, tool_choice=choice, parallel_tool_calls=False)
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == (name, {})
+
+
 def test_log_probabilities_of_every_token(client: OpenAI) -> None:
     plain = ask(client, response_format=json_schema(CITY)).choices[0]
     scored = ask(client, response_format=json_schema(CITY), logprobs=True, top_logprobs=2).choices[0]
