@@ -17,12 +17,12 @@ from mlx_server.engine.request import Request, RequestState
 from mlx_server.engine.speculation import MAX_DRAFTS, Speculator, follow
 from mlx_server.engine.stats import EndReason, EngineStats
 from mlx_server.engine.step_builder import StepBuilder
+from mlx_server.engine.suspects import Suspects
 from mlx_server.ops.sampling import INVALID_TOKEN
 
 Outputs = list[tuple[bytes, wire.RequestOutput]]  # (connection, output)
 
 LEAST_BATCH_TOKENS = 32
-MAX_FAILED_STEPS = 3  # in company; alone, one is enough to blame the request
 
 
 class Scheduler:
@@ -57,8 +57,9 @@ class Scheduler:
         self._shares = FairShares()
         self._queue = WaitingQueue(limits or QueueLimits(2**62, 2**62), self._shares)
         self._running: list[Request] = []  # by age
-        self._suspects: list[Request] = []  # took part in a step that failed; waiting or running
-        self._is_suspect_in_flight = False
+        self._suspects = Suspects()  # waiting or running
+        self._outputs: Outputs = []  # of the step that is taken in
+        self._taken: Request | None = None  # whose tokens of that step are taken in
         self._by_id: dict[tuple[bytes, str], Request] = {}
         self._num_arrivals = 0
 
@@ -112,8 +113,8 @@ class Scheduler:
         step = StepBuilder(self.kv_cache, self._max_batch_tokens)
         if self._awaits_drafts:
             return Batch([])
-        if self._suspects:
-            self._schedule_alone(step, min(self._suspects, key=age))
+        if (suspect := self._suspects.next) is not None:
+            self._schedule_alone(step, suspect)
         else:
             decodes = [r for r in self._running if r.is_decoding and not r.awaits_last_token]
             drafts = self._plan_drafts(decodes)
@@ -137,7 +138,7 @@ class Scheduler:
 
     def _schedule_alone(self, step: StepBuilder, suspect: Request) -> None:
         """Not pipelined: a failure must have one culprit."""
-        if self._is_suspect_in_flight:
+        if self._suspects.is_in_flight:
             return
         num_tokens = self.kv_cache.next_chunk(suspect, step.budget) or min(suspect.num_uncomputed_tokens, step.budget)
         if suspect.state is RequestState.WAITING:
@@ -145,7 +146,7 @@ class Scheduler:
         while not self.kv_cache.allocate(suspect, num_tokens):
             self._preempt(next(request for request in reversed(self._running) if request is not suspect))
         step.add(suspect, num_tokens)
-        self._is_suspect_in_flight = True
+        self._suspects.is_in_flight = True
 
     def _plan_drafts(self, decodes: list[Request]) -> list[tuple[int, ...]] | None:
         """Drafts for each; None: they are worth it that the step in flight is read first."""
@@ -251,18 +252,20 @@ class Scheduler:
 
     def update(self, result: StepResult | None, now_s: float = 0.0) -> Outputs:
         """Take in the tokens of a computed step, and the time; what the requests' owners are to be told."""
-        outputs: Outputs = [] if result is None else self._take(result, now_s)
+        if result is not None:
+            self._take(result, now_s)
         failed = [(request, failure) for request in self._by_id.values() if (failure := request.failure(now_s))]
         for request, failure in failed:
             self._end(request, "error" if failure.code == "invalid_grammar" else "abort", now_s)
-            outputs.append((request.connection, failure))
+            self._outputs.append((request.connection, failure))
+        outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _take(self, result: StepResult, now_s: float) -> Outputs:
-        self._clear_suspects(result.batch)
+    def _take(self, result: StepResult, now_s: float) -> None:
+        self._suspects.clear(result.batch)
         if result.batch.num_drafts:
             self._awaits_drafts = False
-        outputs: Outputs = [
+        self._outputs += [
             (row.request.connection, row.progress)
             for row in result.batch.rows
             if row.request.progress and row.is_prompt and row.request.state is not RequestState.ENDED
@@ -280,30 +283,27 @@ class Scheduler:
                 continue  # the grammar had forced this token already
             request.num_in_flight_tokens -= 1
             if request.state is not RequestState.ENDED:
+                self._taken = request
                 token_ids = row.accepted(token_ids)
                 if row.draft_token_ids:
                     num_drafts = len(row.draft_token_ids)
                     self.kv_cache.judge(request, row.start_pos, num_drafts, len(token_ids) - 1)
-                outputs.append((request.connection, self._append(request, token_ids, logprobs, now_s)))
-        return outputs
+                self._outputs.append((request.connection, self._append(request, token_ids, logprobs, now_s)))
+                self._taken = None
 
     def fail(self, batches: list[Batch], code: str, message: str, now_s: float = 0.0) -> Outputs:
-        """These steps could not be computed, and all KV is lost. Their requests are tried again alone; one that fails
-        alone, or again and again, ends. All others are just computed again."""
-        outputs: Outputs = []
-        self._is_suspect_in_flight = self._awaits_drafts = False
+        """These steps, or the making of the next one, failed, and all KV is lost. Their requests are tried again alone;
+        one that fails alone, again and again, or while its tokens are taken in, ends. All others are computed again."""
+        outputs, self._outputs, taken, self._taken = self._outputs, [], self._taken, None
+        self._suspects.is_in_flight = self._awaits_drafts = False
         lost = {row.request: row.certain_end_pos for batch in batches for row in batch.rows}
-        for request, end_pos in lost.items():
-            request.num_failed_steps += 1
+        for request, end_pos in (lost or dict.fromkeys(self._next_up(), 0)).items():
             request.num_in_flight_tokens = 0
-            if request.state is RequestState.ENDED:
-                continue
-            if request in self._suspects or request.num_failed_steps > MAX_FAILED_STEPS:
-                self._end(request, "error", now_s)
+            has_ended = request.state is RequestState.ENDED
+            if request is taken or not (has_ended or self._suspects.accuse(request, end_pos)):
+                if not has_ended:
+                    self._end(request, "error", now_s)
                 outputs.append((request.connection, wire.Failed(request.request_id, code, message)))
-            else:
-                request.retry_until_pos = end_pos
-                self._suspects.append(request)
         for request in self._by_id.values():  # also of one that was preempted with a token in flight
             request.num_in_flight_tokens = 0
             if request.grammar is not None:
@@ -317,11 +317,11 @@ class Scheduler:
         """Memory was short: let further steps have half as many tokens."""
         self._max_batch_tokens = max(self._max_batch_tokens // 2, min(LEAST_BATCH_TOKENS, self._max_batch_tokens))
 
-    def _clear_suspects(self, computed: Batch) -> None:
-        self._is_suspect_in_flight = False
-        for row in computed.rows if self._suspects else ():
-            if row.request in self._suspects and row.end_pos >= row.request.retry_until_pos:
-                self._suspects.remove(row.request)
+    def _next_up(self) -> list[Request]:
+        """Whom the next step is about."""
+        if (suspect := self._suspects.next) is not None:
+            return [suspect]
+        return [*self._running, *([head] if (head := self._queue.peek()) is not None else [])]
 
     def _append(
         self, request: Request, token_ids: list[int], logprobs: list[wire.TokenLogprobs] | None, now_s: float
@@ -378,8 +378,7 @@ class Scheduler:
             self._release(request)
         else:
             self._queue.remove(request)
-        if request in self._suspects:
-            self._suspects.remove(request)
+        self._suspects.remove(request)
         request.state = RequestState.ENDED
         self._shares.leave(request)
         del self._by_id[request.connection, request.request_id]

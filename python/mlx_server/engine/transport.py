@@ -3,12 +3,14 @@
 import logging
 import time
 from collections import defaultdict
+from typing import get_args
 
 import msgspec
 import zmq
 
 from mlx_server import wire
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.queue import Refusal
 from mlx_server.engine.scheduler import Outputs
 from mlx_server.pulse import Pulse
 
@@ -84,9 +86,9 @@ class EngineServer:
             case wire.Hello():
                 self._send(connection, self._core.info)
             case wire.Submit() | wire.Embed():
-                failed = self._core.submit(connection, message)
+                failed = self._submit(connection, message)
                 if failed is not None:
-                    level = logging.ERROR if failed.code == "invalid_request" else logging.INFO
+                    level = logging.INFO if failed.code in get_args(Refusal) else logging.ERROR
                     log.log(level, "refused request %s: %s", message.request_id, failed.message)
                     self._send(connection, wire.StepOutput([failed]))
             case wire.Cancel():
@@ -94,6 +96,14 @@ class EngineServer:
                     log.info("request %s cancelled", message.request_id)
             case wire.GetMetrics():
                 self._send(connection, wire.Metrics(self._core.metrics()))
+
+    def _submit(self, connection: bytes, message: wire.Submit | wire.Embed) -> wire.Failed | None:
+        try:
+            return self._core.submit(connection, message)
+        except Exception:  # process loop: a fault in one request's way in does not end the engine
+            log.exception("request %s failed before it was queued", message.request_id)
+            self._core.cancel(connection, message.request_id)
+            return wire.Failed(message.request_id, "engine_error", "The engine failed to take this request.")
 
     def _send_outputs(self, outputs: Outputs) -> None:
         by_connection: dict[bytes, list[wire.RequestOutput]] = defaultdict(list)
