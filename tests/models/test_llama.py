@@ -40,3 +40,8 @@ def test_says_what_the_engine_needs(tmp_path):
     spec = model.kv_spec
     assert (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.dtype) == (2, 2, 12, mx.float32)
     assert (model.context_length, model.vocab_size) == (512, 64)
+
+
+def test_yarn_makes_the_context_longer(tmp_path):
+    config = CONFIG | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}
+    assert load_model(save(tmp_path, config, random_weights(config))).context_length == 1024

@@ -5,15 +5,17 @@ GELU, embeddings scaled by sqrt(hidden_size), and checkpoints that hold the norm
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import mlx.core as mx
+import msgspec
 
 from mlx_server.checkpoint.json_file import JsonObject
+from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import StepContext
 from mlx_server.models.config import Count, WindowedDecoderArgs, convert
 from mlx_server.models.layers import Attention, CausalLM, Linear, RMSNorm, Rope
-from mlx_server.models.rope import RopeParameters, convert_rope_parameters
+from mlx_server.models.rope import RopeParameters, read_rope_parameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import gelu_mul
 
@@ -23,7 +25,7 @@ class Gemma3TextArgs(WindowedDecoderArgs, frozen=True, kw_only=True):
 
     max_position_embeddings: Count = 131072
     head_dim: Count = 256
-    query_pre_attn_scalar: Count = 256
+    query_pre_attn_scalar: Annotated[float, msgspec.Meta(gt=0)] = 256
     sliding_window_pattern: Count = 6  # each so many-th layer sees all tokens
     attention_bias: bool = False
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
@@ -42,20 +44,12 @@ def read_ropes(config: JsonObject, source: str) -> tuple[RopeParameters, RopePar
     transformers 5 writes both into `rope_parameters`; earlier versions wrote `rope_theta` and `rope_scaling` for the
     former alone, `rope_local_base_freq` for the latter.
     """
-    both = config.get("rope_parameters")
-    if not isinstance(both, dict):
-        scaling = config.get("rope_scaling")
-        both = {
-            "full_attention": {
-                "rope_theta": config.get("rope_theta", 1e6),
-                **(scaling if isinstance(scaling, dict) else {}),
-            },
-            "sliding_attention": {"rope_theta": config.get("rope_local_base_freq", 1e4)},
-        }
-    return (
-        convert_rope_parameters(both.get("full_attention"), config, source),
-        convert_rope_parameters(both.get("sliding_attention"), config, source),
-    )
+    both = config.get("rope_parameters") or {"full_attention": {}, "sliding_attention": {}}
+    if not isinstance(both, dict) or not both.keys() & {"full_attention", "sliding_attention"}:
+        raise ModelLoadError(f"{source}: rope_parameters must hold an object for each type of layer")
+    full = {**config, "rope_parameters": both.get("full_attention")}
+    sliding = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": both.get("sliding_attention")}
+    return read_rope_parameters(full, source, 1e6), read_rope_parameters(sliding, source, 1e4)
 
 
 class GeGLU:
@@ -108,7 +102,7 @@ class Gemma3Text(CausalLM):
             for layer, window in enumerate(args.windows)
         ]
         norm = RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps, zero_centred=True)
-        super().__init__(weights, args, layers, norm)
+        super().__init__(weights, args, layers, norm, global_rope)
         self.embedding_scale = math.sqrt(args.hidden_size)
 
     def embed(self, token_ids: mx.array) -> mx.array:

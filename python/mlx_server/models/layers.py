@@ -152,6 +152,7 @@ class Rope:
     """
 
     def __init__(self, parameters: RopeParameters, head_dim: int, rotary_dim: int | None = None) -> None:
+        self.parameters = parameters
         rotary_dim = rotary_dim or head_dim
         self._freqs = mx.array(parameters.freqs(rotary_dim), mx.float32)
         factor = parameters.length_factor
@@ -229,6 +230,7 @@ class CausalLM:
     """The frame of a decoder-only transformer, a `models.base.Model`: embedding, layers, last norm, head.
 
     The head is the checkpoint's `lm_head` if there is one, whatever the configuration says, else the embedding.
+    rope: that of the layers which see all tokens.
     """
 
     def __init__(
@@ -237,6 +239,7 @@ class CausalLM:
         args: DecoderArgs,
         layers: Sequence[Callable[[mx.array, StepContext], mx.array]],
         norm: RMSNorm,
+        rope: Rope,
     ) -> None:
         weights.drop(suffix=".rotary_emb.inv_freq")
         self.embed_tokens = Embedding(weights.at("model.embed_tokens"), args.vocab_size, args.hidden_size)
@@ -249,7 +252,7 @@ class CausalLM:
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
         self.state_spec: StateSpec | None = None
         self.sparse_blocks: Sequence[SparseMoE] = []
-        self.context_length = args.max_position_embeddings
+        self.context_length = rope.parameters.context_length(args.max_position_embeddings)
         self.vocab_size = args.vocab_size
 
     def embed(self, token_ids: mx.array) -> mx.array:

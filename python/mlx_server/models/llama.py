@@ -33,4 +33,5 @@ class Llama(CausalLM):
         layers = [
             decoder_layer(args, layer, rope, model.at(f"layers.{layer}")) for layer in range(args.num_hidden_layers)
         ]
-        super().__init__(weights, args, layers, RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
+        norm = RMSNorm(model.at("norm"), args.hidden_size, args.rms_norm_eps)
+        super().__init__(weights, args, layers, norm, rope)

@@ -206,7 +206,8 @@ class Qwen3Next(CausalLM):
             decoder_layer(model.at(f"layers.{layer}"), args, layer, linear[:layer].count(linear[layer]), rope, form)
             for layer in range(args.num_hidden_layers)
         ]
-        super().__init__(weights, args, layers, form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps))
+        norm = form.norm(model.at("norm"), args.hidden_size, args.rms_norm_eps)
+        super().__init__(weights, args, layers, norm, rope)
         self.sparse_blocks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, SharedExpertMoE)]
         self.kv_spec = KVSpec(linear.count(False), args.num_kv_heads, args.head_size, weights.dtype)
         self.state_spec = StateSpec(

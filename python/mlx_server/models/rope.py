@@ -14,6 +14,8 @@ from mlx_server.models.config import convert
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Count = Annotated[int, msgspec.Meta(gt=0)]
 
+MAX_POSITIONS = (1 << 31) - 1
+
 
 class RopeParameters(msgspec.Struct, frozen=True, tag_field="rope_type", kw_only=True):
     rope_theta: _Positive
@@ -26,6 +28,10 @@ class RopeParameters(msgspec.Struct, frozen=True, tag_field="rope_type", kw_only
     def length_factor(self) -> float:
         """By which turned queries and keys grow."""
         return 1.0
+
+    def context_length(self, max_position_embeddings: int) -> int:
+        """Most tokens of a request, where the configuration says `max_position_embeddings`."""
+        return max_position_embeddings
 
 
 class DefaultRope(RopeParameters, frozen=True, tag="default"):
@@ -91,6 +97,11 @@ class YarnRope(RopeParameters, frozen=True, tag="yarn", kw_only=True):
     def _length(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
+    def context_length(self, max_position_embeddings: int) -> int:
+        """Who adds YaRN to a config, as the cards of Qwen's models advise, leaves `max_position_embeddings` alone."""
+        scaled = min(self.original_max_position_embeddings * self.factor, MAX_POSITIONS)
+        return max(max_position_embeddings, int(scaled))
+
 
 class Llama3Rope(RopeParameters, frozen=True, tag="llama3"):
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones stay, those between are interpolated."""
@@ -121,31 +132,28 @@ _TYPES: dict[object, type[RopeParameters]] = {
 }
 
 
-def read_rope_parameters(config: JsonObject, source: str) -> RopeParameters:
+def read_rope_parameters(config: JsonObject, source: str, default_theta: float = 10000.0) -> RopeParameters:
     """The parameters of a config.json; `source` begins each message of a ModelLoadError.
 
-    transformers 5 writes one object `rope_parameters`, earlier versions `rope_theta` and, if scaled, `rope_scaling`.
+    transformers 5 writes one object `rope_parameters`, earlier versions `rope_theta` and, if scaled, `rope_scaling`,
+    which people add by hand to configs of either kind.
     """
-    fields = config.get("rope_scaling") or config.get("rope_parameters")
-    if fields is None:
-        fields = {"rope_theta": config.get("rope_theta", 10000.0)}
-    return convert_rope_parameters(fields, config, source)
-
-
-def convert_rope_parameters(fields: object, config: JsonObject, source: str) -> RopeParameters:
-    """The typed form of one object of parameters; what it leaves out may stand in the config beside it."""
+    parameters = config.get("rope_parameters")
+    fields = config.get("rope_scaling") or parameters or {}
     if not isinstance(fields, dict):
         raise ModelLoadError(f"{source}: rope_parameters must be an object")
     if any(isinstance(value, dict) for value in fields.values()):
         raise ModelLoadError(f"{source}: RoPE parameters for each type of layer are not supported for this model_type")
-    rope_type = fields.get("rope_type", fields.get("type", "default"))
+    rope_type = fields.get("rope_type") or fields.get("type") or "default"
     if rope_type not in _TYPES:
         raise ModelLoadError(
             f"{source}: rope_type {rope_type!r} is not supported (supported: {', '.join(map(str, _TYPES))})"
         )
-    defaults = {
-        "rope_theta": config.get("rope_theta"),
-        "original_max_position_embeddings": config.get("max_position_embeddings"),
-    }
-    fields = {**{key: value for key, value in defaults.items() if value is not None}, **fields, "rope_type": rope_type}
-    return convert(fields, _TYPES[rope_type], f"{source}: RoPE parameters")
+    stated: list[JsonObject] = [  # later ones count
+        {"rope_theta": default_theta, "original_max_position_embeddings": config.get("max_position_embeddings")},
+        {"rope_theta": parameters.get("rope_theta") if isinstance(parameters, dict) else None},
+        {"rope_theta": config.get("rope_theta")},
+        {**fields, "rope_type": rope_type},
+    ]
+    known = {key: value for place in stated for key, value in place.items() if value is not None}
+    return convert(known, _TYPES[rope_type], f"{source}: RoPE parameters")
