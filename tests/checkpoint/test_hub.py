@@ -39,6 +39,9 @@ OTHERS = {
 }
 
 
+MODEL_INFO, CONFIG = "/api/models/org/model", f"/org/model/resolve/{COMMIT}/config.json"
+
+
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """What HF_ENDPOINT does when huggingface-hub is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -104,6 +107,13 @@ def test_a_changed_file_alone_is_downloaded_again(hub):
     progress = Recorder()
     fetch_from_hub("org/model", progress)
     assert progress.done_bytes == len(hub.files["config.json"])
+
+
+def test_the_weights_of_a_model_that_is_not_supported_are_not_downloaded(hub):
+    hub.files = hub.files | {"config.json": b'{"model_type": "gpt2"}'}
+    for _ in range(2):  # the second time the config is in the cache
+        assert "org/model: model_type 'gpt2' is not supported (supported: gemma3_text, llama" in refused()
+    assert hub.paths() == [f"GET {path}" for path in (MODEL_INFO, CONFIG, MODEL_INFO)]
 
 
 def test_the_token_stays_with_the_hub(hub):

@@ -127,7 +127,7 @@ def test_refuses_other_rope_factors(tmp_path, factors, fault):
     [
         (
             {"general.architecture": "mamba"},
-            "architecture 'mamba' is not supported (supported: gemma3, llama, qwen2, qwen3)",
+            "architecture 'mamba' is not supported in GGUF files (supported: gemma3, llama, qwen2, qwen3)",
         ),
         ({"general.architecture": None}, "general.architecture is missing"),
         ({"llama.block_count": None}, "llama.block_count is missing"),

@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_server.checkpoint.model_config import MODEL_TYPES
 from mlx_server.errors import ModelLoadError
-from mlx_server.models.loader import load_model
+from mlx_server.models.loader import ARCHITECTURES, load_model
 from mlx_server.models.probe import is_computable
 from models.checkpoints import CONFIG, dequantized, quantized, random_weights, save
 from models.dense_kv import prompt_logits
@@ -23,6 +24,10 @@ def check(directory: str, weights: dict[str, mx.array], config: dict[str, Any] =
     """The model of `directory` computes what the NumPy model does with `weights`."""
     expected = llama_logits(config, {name: np.array(weight) for name, weight in weights.items()}, TOKEN_IDS)
     np.testing.assert_allclose(prompt_logits(load_model(directory), TOKEN_IDS), expected, 0, 1e-4)
+
+
+def test_each_model_type_has_an_architecture():
+    assert tuple(ARCHITECTURES) == MODEL_TYPES
 
 
 def test_reads_shards_named_by_an_index(tmp_path):
@@ -211,6 +216,14 @@ def test_integers_are_no_weights(tmp_path):
     [
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: gemma3_text, llama, .*\)"),
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "'gemma3' is not supported .*; it is no model of text alone: .* its text part to gemma3_text$",
+        ),
+        (
+            {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}},
+            "'qwen3_vl' is not supported .*; it is no model of text alone: .* its text part$",
+        ),
         ({"hidden_size": "64"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
         ({"num_hidden_layers": 0}, r"Expected `int` >= 1 - at `\$.num_hidden_layers`"),
         ({"num_hidden_layers": 1 << 30}, r"Expected `int` <= 4096 - at `\$.num_hidden_layers`"),

@@ -36,6 +36,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from mlx_server import __version__
+from mlx_server.checkpoint.json_file import read_json
+from mlx_server.checkpoint.model_config import check_model_type
 from mlx_server.checkpoint.progress import Advance, Progress
 from mlx_server.errors import ModelLoadError
 
@@ -148,15 +150,18 @@ def _checked_hash(value: object) -> str:
 
 
 def _download(model_id: str, files: list[_File], progress: Progress) -> None:
-    """Bring all files into the cache's blobs."""
+    """Bring all files into the cache's blobs, first the one that tells whether the model can be served."""
     missing = [file for file in files if not file.blob.exists()]
     if not missing:
         return
     _check_space(model_id, missing)
     total_bytes, done_bytes = sum(file.size_bytes for file in missing), sum(file.partial_bytes() for file in missing)
     with progress.task(f"Downloading {model_id}", total_bytes, done_bytes) as advance:
-        for file in missing:
-            _fetch_blob(model_id, file, advance)
+        for file in sorted(files, key=lambda file: file.name != "config.json"):
+            if file in missing:
+                _fetch_blob(model_id, file, advance)
+            if file.name == "config.json":
+                check_model_type(read_json(file.blob), model_id)
 
 
 def _check_space(model_id: str, files: list[_File]) -> None:

@@ -10,6 +10,8 @@ from mlx_server.checkpoint.gguf import GGUF, read_gguf
 from mlx_server.checkpoint.json_file import JsonObject, read_json, read_optional_json
 from mlx_server.errors import ModelLoadError
 
+# Each has a file in models/.
+MODEL_TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next")
 # GGUF's general.architecture -> model_type
 GGUF_ARCHITECTURES = {"gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
@@ -45,6 +47,19 @@ def load_config(path: Path) -> JsonObject:
     return config
 
 
+def check_model_type(config: JsonObject, source: str) -> str:
+    """The `model_type` of a config.json; ModelLoadError, beginning with `source`, if it is none that is supported."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return model_type
+    fault = f"{source}: model_type {model_type!r} is not supported (supported: {', '.join(MODEL_TYPES)})"
+    if isinstance(text_config := config.get("text_config"), dict):
+        fault += "; it is no model of text alone: look for a conversion of its text part"
+        if (text_type := text_config.get("model_type")) in MODEL_TYPES:
+            fault += f" to {text_type}"
+    raise ModelLoadError(fault)
+
+
 def generation_defaults(path: Path) -> GenerationDefaults:
     """End tokens and sampling defaults of a model directory or a GGUF file."""
     config = load_config(path)
@@ -72,8 +87,11 @@ def config_from_gguf(gguf: GGUF) -> JsonObject:
     """A GGUF file's metadata under the names of a Hugging Face `config.json`. ModelLoadError if it lacks one."""
     arch = gguf.require("general.architecture", str)
     if arch not in GGUF_ARCHITECTURES:
-        known = ", ".join(sorted(GGUF_ARCHITECTURES))
-        raise ModelLoadError(f"{gguf.path}: architecture {arch!r} is not supported (supported: {known})")
+        known, others = ", ".join(sorted(GGUF_ARCHITECTURES)), ", ".join(MODEL_TYPES)
+        raise ModelLoadError(
+            f"{gguf.path}: architecture {arch!r} is not supported in GGUF files (supported: {known}); "
+            f"in MLX's safetensors these are: {others}"
+        )
     if (num_parts := gguf.get("split.count", int) or 1) > 1:
         raise ModelLoadError(f"{gguf.path} is one of {num_parts} parts; join them with `llama-gguf-split --merge`")
     if gguf.get(f"{arch}.expert_count", int):

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.json_file import JsonObject
-from mlx_server.checkpoint.model_config import is_gguf, load_config
+from mlx_server.checkpoint.model_config import check_model_type, is_gguf, load_config
 from mlx_server.checkpoint.safetensors import weight_files
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import Model
@@ -23,7 +23,7 @@ from mlx_server.models.qwen3_moe import Qwen3Moe
 from mlx_server.models.qwen3_next import Qwen3Next
 from mlx_server.models.weights import Weights
 
-# model_type of the configuration -> its architecture. Only these are ever built, whatever a model's folder asks for.
+# Each of MODEL_TYPES -> its architecture. Only these are ever built, whatever a model's folder asks for.
 ARCHITECTURES: dict[str, Callable[[JsonObject, Weights], Model]] = {
     "gemma3_text": Gemma3Text,
     "llama": Llama,
@@ -42,13 +42,10 @@ def load_model(path: str) -> Model:
     a GPU activations have the checkpoint's dtype. ModelLoadError says what is missing, broken or not supported.
     """
     config = load_config(Path(path))
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ModelLoadError(f"{path}: model_type {model_type!r} is not supported (supported: {known})")
+    architecture = ARCHITECTURES[check_model_type(config, path)]
     tensors, plan = _load_tensors(Path(path), config)
     weights = Weights(path, tensors, plan, _activation_dtype(tensors))
-    model = ARCHITECTURES[model_type](config, weights)
+    model = architecture(config, weights)
     weights.check_all_taken()
     try:
         mx.eval(weights.taken)
