@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 
 class InjectedError(Exception):
     """What no code of ours expects."""
@@ -15,9 +17,10 @@ class InjectedError(Exception):
 class Fault:
     """The n-th call of a function fails."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, error: Exception) -> None:
         self.at = at
         self.num_calls = 0
+        self._error = error
 
     @property
     def has_happened(self) -> bool:
@@ -26,22 +29,19 @@ class Fault:
     def count(self) -> None:
         self.num_calls += 1
         if self.num_calls == self.at:
-            raise InjectedError(f"call {self.at} fails, as the test wants it")
+            raise self._error
 
 
 @contextmanager
-def failing(owner: Any, name: str, at: int) -> Iterator[Fault]:
+def failing(owner: Any, name: str, at: int, error: Exception | None = None) -> Iterator[Fault]:
     """Let the `at`-th call of `owner.name`, a function or method, fail before it does anything."""
-    original = owner.__dict__[name]
-    function = original.__func__ if isinstance(original, staticmethod) else original
-    fault = Fault(at)
+    function = getattr(owner, name)
+    fault = Fault(at, error or InjectedError(f"call {at} fails, as the test wants it"))
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
         fault.count()
         return function(*args, **kwargs)
 
-    setattr(owner, name, staticmethod(replaced) if isinstance(original, staticmethod) else replaced)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, replaced)
         yield fault
-    finally:
-        setattr(owner, name, original)

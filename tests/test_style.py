@@ -12,6 +12,7 @@ MAX_FUNCTION_LINES = 60
 VAGUE_NAMES = {"adapter", "common", "helper", "helpers", "misc", "postprocessor", "service", "util", "utils"}
 # The only places that catch whatever comes and go on; each says on its line why.
 BROAD_EXCEPTS = {
+    "api/sse.py",  # a stream, whose client can't be told by a status any more
     "chat/grammar.py",  # the library raises nothing narrower
     "chat/sandbox.py",  # a model's template runs code of strangers
     "chat/tokenizer.py",  # the library raises nothing narrower

@@ -220,7 +220,7 @@ def vocab_of(directory: Path, change: dict[str, int]) -> None:
         ("tokenizer_config.json", b'{"chat_template": 7}', "chat_template must be a string"),
         ("tokenizer_config.json", b'{"chat_template": ["x"]}', "chat_template must be a string or a list"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "chat_template must be"),
-        ("chat_template.jinja", b"\xff", "can't be read as text"),
+        ("chat_template.jinja", b"\xff", "is not UTF-8"),
         ("chat_template.jinja", b" " * (1 << 20 | 1), "larger than 1 MB"),
     ],
 )

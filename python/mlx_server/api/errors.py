@@ -136,8 +136,8 @@ _INTERNAL_ERROR = ErrorReply(
 )
 
 
-def describe(error: ServerError) -> ErrorReply:
-    """How an error looks on the wire."""
+def describe(error: Exception) -> ErrorReply:
+    """How an error looks on the wire. Of one that is a fault of ours nothing is told."""
     reply = _INTERNAL_ERROR
     match error:
         case HttpError():

@@ -1,5 +1,6 @@
 """Waiting for a generation's events while watching the client, and sending them as server-sent events."""
 
+import logging
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,12 @@ from typing import Protocol
 import falcon
 
 from mlx_server.api.errors import ClientGoneError, ErrorReply, describe
+from mlx_server.api.middleware import AccessLog
 from mlx_server.chat.generation import Generation
 from mlx_server.chat.types import Event
 from mlx_server.errors import ServerError
+
+log = logging.getLogger(__name__)
 
 # What the first answer waits for, so that an early failure has an HTTP status of its own, also for streams; then the
 # longest silence in a stream.
@@ -23,6 +27,7 @@ class Client:
 
     def __init__(self, req: falcon.Request) -> None:
         self._socket: socket.socket | None = req.env.get("gunicorn.socket")
+        self.request_id: str = req.env.get(AccessLog.ID_KEY, "-")
 
     def check(self) -> None:
         """ClientGoneError if the client has closed the connection, or its sending half."""
@@ -75,17 +80,25 @@ class SseBody:
         return self
 
     def __next__(self) -> bytes:
-        if self._first is not None:
-            events, self._first = self._first, None
-            return self._encoder.start() + self._frames(events)
-        if self._generation.finished:
+        if self._first is None and self._generation.finished:
             raise StopIteration
         try:
-            events = wait_for_events(self._generation, self._client, KEEP_ALIVE_S)
-        except ServerError as error:
-            return self._encoder.error(describe(error))
+            return self._next_piece()
         except ClientGoneError:
             raise StopIteration from None
+        except Exception as error:  # the status is sent: only an event can tell the client, also of a fault of ours
+            if not isinstance(error, ServerError):
+                log.exception("request %s failed", self._client.request_id)
+            self._first = None
+            self._generation.close()
+            return self._encoder.error(describe(error))
+
+    def _next_piece(self) -> bytes:
+        if self._first is not None:
+            piece = self._encoder.start() + self._frames(self._first)
+            self._first = None
+            return piece
+        events = wait_for_events(self._generation, self._client, KEEP_ALIVE_S)
         return self._frames(events) or self._encoder.keep_alive()
 
     def close(self) -> None:

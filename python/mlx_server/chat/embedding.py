@@ -24,7 +24,7 @@ class EmbeddingRun:
     def __init__(
         self, engine: EngineClient, texts: Sequence[list[int]], *, pooling: Pooling, client: str, timeout_s: float
     ) -> None:
-        """`texts` are token ids that fit the context. OverloadedError if the engine can't take them now."""
+        """`texts` are token ids that fit the context."""
         self._deadline = time.monotonic() + timeout_s
         self._stream = engine.open_stream()
         self._messages = [Embed(uuid.uuid4().hex, text, pooling, client, timeout_s) for text in texts]
@@ -32,7 +32,6 @@ class EmbeddingRun:
         self._num_submitted = 0
         self._num_done = 0
         self.vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
-        self._submit()
 
     @property
     def finished(self) -> bool:
@@ -43,6 +42,7 @@ class EmbeddingRun:
         remaining_s = self._deadline - time.monotonic()
         if remaining_s <= 0:
             raise timeout()
+        self._submit()
         for output in self._stream.get(min(timeout_s, remaining_s)) or ():
             match output:
                 case Embedded():
@@ -50,7 +50,6 @@ class EmbeddingRun:
                     self._num_done += 1
                 case Failed():
                     raise failure(output)
-        self._submit()
 
     def close(self) -> None:
         """End what still runs."""

@@ -40,7 +40,7 @@ class Generation:
         try:
             for choice in plan(model, request, engine.info(), timeout_s):
                 self._start(choice)
-        except OverloadedError:
+        except BaseException:  # some choices may run already
             self.close()
             raise
 

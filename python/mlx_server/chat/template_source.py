@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_server.checkpoint.gguf import GGUF
-from mlx_server.checkpoint.json_file import JsonObject, read_json
+from mlx_server.checkpoint.json_file import JsonObject, read_json_if_there, read_text
 from mlx_server.errors import ModelLoadError
 
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -24,13 +24,14 @@ def templates_of_directory(directory: Path, tokenizer_config: JsonObject) -> Tem
     Of these chat_template.json goes before tokenizer_config.json.
     ModelLoadError if the first of them that there is holds no template.
     """
-    path = directory / "chat_template.jinja"
-    if path.exists():
+    text = read_text(directory / "chat_template.jinja", MAX_TEMPLATE_BYTES)
+    if text is not None:
         tool_path = directory / "additional_chat_templates" / "tool_use.jinja"
-        return TemplateSource(_read(path), _read(tool_path) if tool_path.exists() else None)
+        return TemplateSource(text, read_text(tool_path, MAX_TEMPLATE_BYTES))
     path = directory / "chat_template.json"
-    if path.exists():
-        return _from_json(path, read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template"))
+    content = read_json_if_there(path, max_bytes=MAX_TEMPLATE_BYTES)
+    if content is not None:
+        return _from_json(path, content.get("chat_template"))
     return _from_json(directory / "tokenizer_config.json", tokenizer_config.get("chat_template"))
 
 
@@ -39,15 +40,6 @@ def templates_of_gguf(gguf: GGUF) -> TemplateSource:
     key = "tokenizer.chat_template"
     named = {"default": gguf.get(key, str), "tool_use": gguf.get(f"{key}.tool_use", str)}
     return _choose(gguf.path, {name: template for name, template in named.items() if template is not None})
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise ModelLoadError(f"{path} is larger than {MAX_TEMPLATE_BYTES >> 20} MB")
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise ModelLoadError(f"{path} can't be read as text") from None
 
 
 def _from_json(path: Path, value: object) -> TemplateSource:

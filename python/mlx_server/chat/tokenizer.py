@@ -12,7 +12,7 @@ from mlx_server.chat.gguf_tokenizer import token_of, tokenizer_from_gguf
 from mlx_server.chat.template_source import TemplateSource, templates_of_directory, templates_of_gguf
 from mlx_server.chat.token_bytes import TokenBytes
 from mlx_server.checkpoint.gguf import read_gguf
-from mlx_server.checkpoint.json_file import JsonObject, read_optional_json
+from mlx_server.checkpoint.json_file import JsonObject, is_missing, read_optional_json, read_text
 from mlx_server.checkpoint.model_config import (
     config_from_gguf,
     generation_defaults,
@@ -212,16 +212,9 @@ def _load_directory(directory: Path) -> Tokenizer:
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise ModelLoadError(f"{path} is larger than {MAX_TOKENIZER_BYTES >> 20} MB")
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise ModelLoadError(f"{path} is missing; is {path.parent} a complete model directory?") from None
-    except OSError as error:
-        raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise ModelLoadError(f"{path} is not UTF-8; download it again") from None
+    text = read_text(path, MAX_TOKENIZER_BYTES)
+    if text is None:
+        raise is_missing(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception:  # noqa: BLE001 - the only type that the library raises

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import msgspec
 
-from mlx_server.checkpoint.json_file import read_json
+from mlx_server.checkpoint.json_file import read_json_if_there
 from mlx_server.errors import ModelLoadError
 
 MAX_HEADER_BYTES = 100 << 20
@@ -75,8 +75,8 @@ def weight_files(directory: Path) -> dict[Path, dict[str, TensorInfo]]:
 
     With an index, each tensor must be in the file that the index names.
     """
-    index_path = directory / INDEX_NAME
-    if not index_path.exists():
+    shards = _index(directory / INDEX_NAME)
+    if shards is None:
         paths = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
         if not paths:
             raise ModelLoadError(
@@ -85,7 +85,6 @@ def weight_files(directory: Path) -> dict[Path, dict[str, TensorInfo]]:
         headers = {path: read_header(path) for path in paths}
         _check_unique(directory, headers)
         return headers
-    shards = _index(index_path)
     headers = {directory / name: read_header(directory / name) for name in sorted(set(shards.values()))}
     for tensor, name in shards.items():
         if tensor not in headers[directory / name]:
@@ -94,9 +93,12 @@ def weight_files(directory: Path) -> dict[Path, dict[str, TensorInfo]]:
     return headers
 
 
-def _index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, all of them plain names of safetensors files."""
-    shards = read_json(path, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+def _index(path: Path) -> dict[str, str] | None:
+    """Tensor name -> file name, all of them plain names of safetensors files; None if there is no index."""
+    index = read_json_if_there(path, max_bytes=MAX_HEADER_BYTES)
+    if index is None:
+        return None
+    shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelLoadError(f"{path} has no weight_map")
     for name in shards.values():
