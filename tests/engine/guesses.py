@@ -1,6 +1,7 @@
 """Drafts at random, for tests of what must hold whatever they are."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from mlx_server.engine.request import Request
@@ -16,6 +17,7 @@ class Guesses(Speculator):
         self._rng = rng
         self._next_token = next_token
         self._vocab_size = vocab_size
+        self.num_drafts: Counter[str] = Counter()  # that each request was given
 
     def plan(self, requests: Sequence[Request], limits: Sequence[int]) -> list[tuple[int, ...]] | None:
         if any(request.num_in_flight_tokens for request in requests):
@@ -28,6 +30,7 @@ class Guesses(Speculator):
         for _ in range(self._rng.randint(0, limit)):
             is_right = self._rng.random() < 0.8
             tokens.append(self._next_token(request, tokens) if is_right else self._rng.randrange(self._vocab_size))
+        self.num_drafts[request.request_id] += len(tokens) - end
         return tuple(tokens[end:])
 
 

@@ -45,10 +45,11 @@ def make_core(
     num_blocks: int = 64,
     max_batch_tokens: int = 64,
     max_running: int = 8,
+    kv_bits: int | None = None,
     grammars: Grammars | None = None,
     speculator: Speculator | None = None,
 ) -> EngineCore:
-    plan = MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running, num_snapshots=16)
+    plan = MemoryPlan(num_blocks, BLOCK_SIZE, max_batch_tokens, max_running, num_snapshots=16, kv_bits=kv_bits)
     return make_engine_core(model, plan, grammars=grammars, max_queue=99, speculator=speculator)
 
 
@@ -73,7 +74,7 @@ def test_greedy_tokens_are_those_of_transformers(model, fixture, max_batch_token
 
 def test_a_cache_of_eight_bits_gives_the_same_tokens_in_any_batch(model) -> None:
     def core() -> EngineCore:
-        return make_engine_core(model, MemoryPlan(64, BLOCK_SIZE, 16, 8, num_snapshots=16, kv_bits=8), max_queue=99)
+        return make_core(model, max_batch_tokens=16, kv_bits=8)
 
     messages = seeded(model)
     alone = {name: tokens for message in messages for name, tokens in generate(core(), message).items()}
