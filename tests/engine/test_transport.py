@@ -1,16 +1,22 @@
 """The engine's socket, spoken to as an API process does."""
 
+import re
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import zmq
 
+from api_process import running
 from engine.test_scheduler import alone, make_core, make_submit
+from fake_engine import until
 from mlx_server import wire
+from mlx_server.engine.core import EngineCore
 from mlx_server.engine.transport import EngineServer, _is_out_of_memory
 
 
@@ -40,37 +46,45 @@ class Client:
 
 
 class Harness:
-    """A server on a fake model, stepped by the test."""
+    """A server on a fake model, in a thread."""
 
-    def __init__(self, directory: Path) -> None:
-        self.core, self.runner = make_core(num_blocks=1024, context=4096)
-        self.address = f"ipc://{directory}/engine.sock"
+    def __init__(self, address: str, **core: Any) -> None:
+        self.core, self.runner = make_core(**core)
+        self.address = address
         self.server = EngineServer(self.core, self.address)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.clients: list[Client] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
 
     def connect(self) -> Client:
         self.clients.append(Client(self.context, self.address))
         return self.clients[-1]
 
-    def serve_until(self, done: threading.Event) -> None:
-        while not done.is_set():
+    def _serve(self) -> None:
+        while not self._done.is_set():
             self.server.serve_once(timeout_ms=20)
+
+    def __enter__(self) -> "Harness":  # noqa: PYI034 - Self is Python 3.11's
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        self.server.close()
+        for client in self.clients:
+            client.socket.close()
+        self.context.term()
 
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[Harness]:
-    harness = Harness(tmp_path)
-    done = threading.Event()
-    thread = threading.Thread(target=harness.serve_until, args=(done,))
-    thread.start()
-    yield harness
-    done.set()
-    thread.join()
-    harness.server.close()
-    for client in harness.clients:
-        client.socket.close()
-    harness.context.term()
+    with Harness(f"ipc://{tmp_path}/engine.sock", num_blocks=1024, context=4096) as harness:
+        yield harness
 
 
 def test_hello_is_answered_with_the_model_facts(harness: Harness) -> None:
@@ -121,17 +135,66 @@ def test_failed_step_is_told_to_its_request_and_the_next_one_works(harness: Harn
     assert isinstance(client.outputs_until_end()[-1], wire.Finished)
 
 
-def test_requests_of_a_process_that_is_gone_are_cancelled(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
-    client, bystander = harness.connect(), harness.connect()
-    client.send(make_submit("a", [1], 4000))
-    client.receive()
-    client.socket.close()
-    bystander.send(make_submit("b", [2], 3))
-    assert isinstance(bystander.outputs_until_end()[-1], wire.Finished)
-    deadline = time.monotonic() + 10
-    while harness.core.has_work and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "1 of its requests cancelled" in caplog.text
+def gauge(core: EngineCore, name: str) -> float:
+    found = re.search(rf"^vllm:{name}{{.*}} (\S+)$", core.metrics(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_process_that_is_gone_is_noticed_while_there_is_nothing_to_send(tmp_path: Path, monkeypatch) -> None:
+    """A real API process, whose workers are killed while their requests wait for a place. Then another client, whose
+    prompt, of a token a step, has the only place."""
+    with running(tmp_path) as process:
+        process.engine.stop()
+        sizes = {"num_blocks": 30_000, "max_batch_tokens": 1, "max_running": 1, "context": 100_000}
+        with Harness(process.engine.address, **sizes) as harness:
+            core, bystander = harness.core, harness.connect()
+            sent: list[wire.EngineMessage] = []
+            send = harness.server._send
+
+            def record(connection: bytes, message: wire.EngineMessage) -> None:
+                sent.append(message)
+                send(connection, message)
+
+            monkeypatch.setattr(harness.server, "_send", record)
+            bystander.send(make_submit("slow", [1] * 90_000, 1))
+            until(lambda: len(sent) == 2 and gauge(core, "num_requests_running") == 1)
+            for _ in range(4):
+                process.send(max_tokens=5)
+            until(lambda: gauge(core, "num_requests_waiting") == 4)
+            for worker in psutil.Process(process.process.pid).children():
+                worker.kill()
+            until(lambda: gauge(core, "num_requests_waiting") == 0)
+            assert gauge(core, "num_requests_running") == 1 and gauge(core, "kv_cache_usage_perc") > 0
+            bystander.socket.close()
+            until(lambda: not core.has_work)
+            assert gauge(core, "kv_cache_usage_perc") == 0
+            assert all(isinstance(message, wire.EngineInfo) for message in sent)  # to workers that were just started
+
+
+def test_messages_of_a_process_that_has_died_since_are_not_heard(tmp_path: Path) -> None:
+    with closing(Harness(f"ipc://{tmp_path}/engine.sock")) as harness:
+        server, client = harness.server, harness.connect()
+        client.send(make_submit("a", [1], 5))
+        assert server._socket.poll(5000)
+        assert server._connections.ended() == []  # it was accepted
+        client.socket.close()
+        assert server._connections.monitor.poll(5000)
+        server.serve_once(timeout_ms=0)
+        assert not harness.core.has_work
+
+
+def test_a_descriptor_that_is_used_again_is_another_connection(harness: Harness) -> None:
+    """Each client is gone before the next one comes, which gets its file descriptor."""
+    for i in range(5):
+        client = harness.connect()
+        client.send(make_submit("a", [i], 4000))
+        client.receive()
+        client.socket.close()
+        until(lambda: not harness.core.has_work)
+    client = harness.connect()
+    client.send(make_submit("a", [1], 5))
+    assert isinstance(client.outputs_until_end()[-1], wire.Finished)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The engine's end of the socket, and the loop that runs it: receive, step, send."""
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -9,6 +10,7 @@ import msgspec
 import zmq
 
 from mlx_server import wire
+from mlx_server.engine.connections import Connections
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.queue import Refusal
 from mlx_server.engine.scheduler import Outputs
@@ -33,7 +35,11 @@ class EngineServer:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error, not silence
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._connections = Connections(self._socket)
         self._socket.bind(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._connections.monitor, zmq.POLLIN)
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -47,7 +53,7 @@ class EngineServer:
         """Take in what has arrived, waiting for it if there is nothing else to do; then one step."""
         if self._core.has_work:
             timeout_ms = _COMPILE_POLL_MS if self._core.awaits_grammars else 0
-        if self._socket.poll(timeout_ms):
+        if self._poller.poll(timeout_ms):
             self._receive_all()
         if self._core.has_work:
             self._send_outputs(self._step())
@@ -55,16 +61,20 @@ class EngineServer:
                 self._core.check_integrity(thorough=False)
 
     def close(self) -> None:
+        self._connections.monitor.close(linger=0)
         self._socket.close()
         self._context.term()
 
     def _receive_all(self) -> None:
-        try:
+        messages: list[list[zmq.Frame]] = []
+        with contextlib.suppress(zmq.Again):
             while True:
-                connection, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                self._handle(connection, b"".join(frames))
-        except zmq.Again:
-            pass
+                messages.append(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+        for connection in self._connections.ended():
+            self._cancel_all(connection, "gone")
+        for sender, *frames in messages:
+            if self._connections.is_open(sender.bytes, sender.get(zmq.SRCFD)):
+                self._handle(sender.bytes, b"".join(frame.bytes for frame in frames))
 
     def _step(self) -> Outputs:
         start = time.monotonic()
@@ -118,8 +128,11 @@ class EngineServer:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):  # gone, or not reading for a thousand messages
                 raise
-            count = self._core.cancel_connection(connection)
-            log.warning("an API process is gone or stuck; %d of its requests cancelled", count)
+            self._cancel_all(connection, "gone" if error.errno == zmq.EHOSTUNREACH else "stuck")
+
+    def _cancel_all(self, connection: bytes, state: str) -> None:
+        if count := self._core.cancel_connection(connection):
+            log.warning("an API process is %s; %d of its requests cancelled", state, count)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
