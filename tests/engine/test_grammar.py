@@ -2,16 +2,17 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from engine.guesses import known_answers
 from engine.test_runner import PARITY, OutOfMemory, make_core
 from engine.test_scheduler import API, Collector, run_with_failures
-from grammars import END, TinyGrammars, text_of
+from grammars import END, TinyGrammars, Vocabulary, text_of
 from mlx_server import wire
 from mlx_server.chat.grammar import text_grammar
 from mlx_server.chat.types import Choice, JsonSchema, Lark, Regex
@@ -257,6 +258,29 @@ def test_without_a_usable_tokenizer_grammars_fail_and_the_rest_goes_on(model: Mo
     assert len(collector.tokens["b"]) == 5
     refused = make_core(model).submit(API, submit("a", CODE))
     assert refused is not None and refused.code == "invalid_request"
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(model: Model) -> None:
+    may_begin, compiled = threading.Event(), []
+
+    class Counting(Grammars):
+        def _match(self, grammar: str) -> LLMatcher:
+            compiled.append(grammar)
+            return super()._match(grammar)
+
+    def tokenizer() -> LLTokenizer:
+        assert may_begin.wait(20)
+        return LLTokenizer(TokenizerWrapper(Vocabulary()))
+
+    core = make_core(model, grammars=Counting(tokenizer, model.vocab_size))
+    for message in submit("a", CODE), submit("b", PERSON), submit("c", LETTERS, 5):
+        assert core.submit(API, message) is None
+    assert core.cancel(API, "b")
+    may_begin.set()
+    collector = Collector()
+    while core.has_work:
+        collector.take(core.step())
+    assert compiled == [CODE, LETTERS] and set(collector.ends) == {"a", "c"}
 
 
 class SlowGrammars(TinyGrammars):

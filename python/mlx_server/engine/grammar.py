@@ -43,6 +43,10 @@ class OutputGrammar:
         """It is compiled, or can't be."""
         return self._compiled.done()
 
+    def abandon(self) -> None:
+        """Nobody waits for it any more: it need not be compiled."""
+        self._compiled.cancel()
+
     @property
     def fault(self) -> str:
         """Why there can be no more output; empty if all is well."""

@@ -379,6 +379,8 @@ class Scheduler:
         else:
             self._queue.remove(request)
         self._suspects.remove(request)
+        if request.grammar is not None:
+            request.grammar.abandon()
         request.state = RequestState.ENDED
         self._shares.leave(request)
         del self._by_id[request.connection, request.request_id]
