@@ -40,13 +40,14 @@ class ServerProcess:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
         self._out_path, self._err_path = self.tmp_dir / "stdout", self.tmp_dir / "stderr"
         self._seen: dict[int, psutil.Process] = {}
+        self.environment = clean | {"TMPDIR": str(self.tmp_dir), "PYTHONUNBUFFERED": "1"} | (env or {})
         with self._out_path.open("wb") as out, self._err_path.open("wb") as err:
             self.process = subprocess.Popen(
                 [*command, *args],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                env=clean | {"TMPDIR": str(self.tmp_dir), "PYTHONUNBUFFERED": "1"} | (env or {}),
+                env=self.environment,
             )
 
     def __enter__(self) -> "ServerProcess":  # noqa: PYI034 - Self is Python 3.11's

@@ -19,10 +19,14 @@ OWNERS = {
     "jinja2": ("chat/sandbox.py",),
     "tokenizers": ("chat",),
     "huggingface_hub": ("checkpoint/hub.py",),
+    "dill": (),
+    "marshal": (),
     "pickle": (),
+    "shelve": (),
     "torch": (),
     "transformers": (),
 }
+WALL_CLOCKS = ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today")
 # Part of ours -> the parts that may import it. The processes share no code but the messages between them.
 USERS = {
     "engine": ("engine",),
@@ -85,6 +89,30 @@ def test_templates_are_rendered_in_the_immutable_sandbox_only() -> None:
     imported = {name.rpartition(".")[2] for name in imports(PACKAGE / "chat/sandbox.py")}
     environments = {name for name in attributes | imported if name.endswith("Environment")}
     assert environments == {"ImmutableSandboxedEnvironment"}
+
+
+def test_only_answers_tell_the_date() -> None:
+    """All else is measured by clocks that nobody sets, so that a jump of the machine's clock changes nothing."""
+    dated = {
+        source.relative_to(PACKAGE).as_posix()
+        for source in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).endswith(WALL_CLOCKS)
+    }
+    assert dated == {"api/openai/chat.py", "api/openai/completions.py", "api/openai/responses.py", "api/server.py"}
+
+
+def test_the_patterns_of_clients_are_llguidances() -> None:
+    """Its engine takes linear time. Those of Python's `re` are written where they are used, or texts, escaped."""
+    foreign = [
+        f"{source.relative_to(PACKAGE)}: {ast.unparse(node)}"
+        for source in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.")
+        if not isinstance(node.args[0], ast.Constant | ast.JoinedStr) and "re.escape" not in ast.unparse(node)
+    ]
+    assert foreign == []
+    assert not any("std::regex" in path.read_text() for path in (PACKAGE.parents[1] / "csrc").rglob("*.cpp"))
 
 
 def test_imports_are_seen(tmp_path: Path) -> None:

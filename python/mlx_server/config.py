@@ -25,6 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000  # 0: any free port
     max_tokens: int = 32768
     api_key: str | None = None
+    require_key: bool = False  # refuse to start open to other machines without a key
     rate_limit: int = 0  # requests a minute and client; 0: off
     timeout_s: float = 300.0
     allowed_hosts: tuple[str, ...] = ()  # names that Host may have, beside this machine's own

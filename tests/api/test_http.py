@@ -306,6 +306,12 @@ def test_compressed_bodies_are_refused(client: falcon.testing.TestClient, encodi
     assert client.simulate_post(CHAT, body=BODY, headers={"content-encoding": encoding}).status_code == status
 
 
+@pytest.mark.parametrize("depth, status", [(63, 200), (64, 400)])
+def test_deep_bodies(client: falcon.testing.TestClient, depth: int, status: int) -> None:
+    body = BODY.replace(b"{", b'{"unknown":' + nested(depth) + b",", 1)  # an object around that is a level too
+    assert client.simulate_post(CHAT, body=body).status_code == status
+
+
 def test_large_bodies(client: falcon.testing.TestClient) -> None:
     padding = b'{"unknown":"' + b"x" * (MAX_BODY_BYTES - len(BODY) - 13) + b'",'
     body = BODY.replace(b"{", padding, 1)

@@ -30,7 +30,10 @@ SETTINGS = [
     ("--log-level", "MLX_SERVER_LOG", "log_level", "DEBUG", "debug"),
 ]
 # Flags without a value: flag, variable, field.
-SWITCHES = [("--strict", "MLX_SERVER_STRICT", "strict")]
+SWITCHES = [
+    ("--strict", "MLX_SERVER_STRICT", "strict"),
+    ("--require-key", "MLX_SERVER_REQUIRE_KEY", "require_key"),
+]
 
 WRONG = [
     ("--model", "MLX_SERVER_MODEL", ["", " "]),

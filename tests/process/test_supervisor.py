@@ -55,6 +55,16 @@ def test_an_open_server_is_warned_of_and_a_key_is_never_shown():
         assert "secret-7" not in server.out + server.err
 
 
+def test_an_open_server_can_be_forbidden():
+    with start("endless-load", "--host", "0.0.0.0", "--require-key") as server:
+        assert server.wait() == 2
+        assert re.fullmatch(r"mlx-server: --require-key: .*MLX_SERVER_API_KEY.*\n", server.err)
+        assert server.out == ""
+    for allowed in (["--host", "0.0.0.0", "--api-key", "secret-7"], ["--host", "127.0.0.1"]):
+        with start("m", "--require-key", *allowed) as server:
+            server.url()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_running_requests_finish(signum, tmp_path):
     with start("m") as server:

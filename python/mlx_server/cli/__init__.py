@@ -243,6 +243,13 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "Bearer token that requests must carry. Prefer the variable: other users of the machine can see flags.",
 )
 @_option(
+    "require_key",
+    "--require-key",
+    "MLX_SERVER_REQUIRE_KEY",
+    _flag,
+    "Refuse to start without a key on an address that other machines reach.",
+)
+@_option(
     "rate_limit",
     "--rate-limit",
     "MLX_SERVER_RATE_LIMIT",

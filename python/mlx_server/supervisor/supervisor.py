@@ -16,7 +16,7 @@ import msgspec
 
 from mlx_server import log
 from mlx_server.config import STACKS_SIGNAL, Launch, ResolvedModel, Settings
-from mlx_server.errors import ModelLoadError, ServerError
+from mlx_server.errors import ModelLoadError, ServerError, SettingError
 from mlx_server.pulse import Pulse
 from mlx_server.status import Failed, Loading, Ready, Resolved
 from mlx_server.supervisor.child import Child, Children
@@ -69,12 +69,14 @@ def serve(settings: Settings, commands: Commands | None = None) -> int:
     """Run a server until it is stopped by a signal; the exit code.
 
     Raises:
-        SettingError: host or port can't be bound.
+        SettingError: host or port can't be bound, or a key is required.
         ModelLoadError: the model can't be found, downloaded or loaded.
         StartError: something else keeps the server from starting.
     """
     log.configure(settings.log_level, "server")
     with bind(settings.host, settings.port) as listener, _run_directory() as run_dir:
+        if settings.require_key and settings.api_key is None and not is_loopback(listener):
+            raise SettingError("--require-key: set a key with MLX_SERVER_API_KEY, or bind to --host 127.0.0.1")
         return asyncio.run(Supervisor(settings, commands or Commands(), listener, run_dir).run())
 
 
