@@ -28,6 +28,17 @@ class InvalidRequestError(ServerError):
         self.code = code
 
 
+class ContextLengthError(InvalidRequestError):
+    """The prompt leaves no room for an answer.
+
+    `anthropic_message` says so in Anthropic's words: clients look for them, and then shorten the conversation.
+    """
+
+    def __init__(self, message: str, anthropic_message: str, *, param: str) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+        self.anthropic_message = anthropic_message
+
+
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served (HTTP 404)."""
 

@@ -145,7 +145,6 @@ def test_sampling_reaches_the_engine(post: Post, backend: Backend) -> None:
         ({"temperature": 1.5}, 400, "invalid_request_error", "temperature"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_request_error", "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "invalid_request_error", "content[0]"),
-        ({"messages": [{"role": "user", "content": "x" * 200}]}, 400, "invalid_request_error", "100 tokens"),
     ],
 )
 def test_refusals(post: Post, fields: dict[str, Any], status: int, kind: str, says: str) -> None:
@@ -154,6 +153,25 @@ def test_refusals(post: Post, fields: dict[str, Any], status: int, kind: str, sa
     body = result.json
     assert (body["type"], body["error"]["type"]) == ("error", kind) and says in body["error"]["message"]
     assert body["request_id"] == result.headers["request-id"]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "says"), [(193, "200 tokens > 100 tokens maximum"), (993, "1000 bytes > 100 tokens maximum")]
+)
+def test_a_prompt_that_is_too_long_is_refused_in_anthropics_words(post: Post, num_bytes: int, says: str) -> None:
+    """Claude Code looks for them: it then compacts the conversation."""
+    result = post(messages=[{"role": "user", "content": "x" * num_bytes}])
+    assert (result.status_code, result.json["error"]["type"]) == (400, "invalid_request_error")
+    assert result.json["error"]["message"] == f"prompt is too long: {says}"
+    assert result.json["error"]["details"] == {"error_code": "context_length_exceeded"}
+
+
+def test_tokens_beyond_the_context_are_counted(sdk: anthropic.Anthropic) -> None:
+    messages: list[MessageParam] = [{"role": "user", "content": "x" * 193}]
+    assert sdk.messages.count_tokens(model="tiny", messages=messages).input_tokens == 200
+    messages = [{"role": "user", "content": "x" * 993}]
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 1000 bytes"):
+        sdk.messages.count_tokens(model="tiny", messages=messages)
 
 
 def test_threads_are_refused_in_the_way_that_makes_clients_send_everything(post: Post) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from mlx_server.errors import (
     ClientLimitError,
+    ContextLengthError,
     GenerationError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -93,6 +94,7 @@ class ErrorReply(msgspec.Struct, frozen=True):
     param: str | None = None
     code: str | None = None
     headers: dict[str, str] = {}
+    anthropic_message: str | None = None  # None: the same
 
     def body(self) -> bytes:
         """In OpenAI's envelope."""
@@ -105,7 +107,8 @@ class ErrorReply(msgspec.Struct, frozen=True):
         if self.code is not None:
             fields = [self.param] if self.param is not None and self.code == THREAD_UNSUPPORTED else msgspec.UNSET
             details = AnthropicErrorCode(self.code, fields)
-        return AnthropicErrorReply(status, AnthropicErrorDetails(kind, self.message, details), self.headers)
+        message = self.anthropic_message or self.message
+        return AnthropicErrorReply(status, AnthropicErrorDetails(kind, message, details), self.headers)
 
 
 class AnthropicErrorReply(msgspec.Struct, frozen=True):
@@ -145,6 +148,8 @@ def describe(error: Exception) -> ErrorReply:
         case InvalidRequestError():
             status = 404 if isinstance(error, ModelNotFoundError) else 400
             reply = ErrorReply(status, _INVALID, error.message, error.param, error.code)
+            if isinstance(error, ContextLengthError):
+                reply = msgspec.structs.replace(reply, anthropic_message=error.anthropic_message)
         case OverloadedError():
             headers = {"retry-after": str(error.retry_after_s)}
             is_limit = isinstance(error, ClientLimitError)

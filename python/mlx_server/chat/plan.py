@@ -67,6 +67,7 @@ def _plan_completion(
 
 def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadline_s: float) -> list[ChoiceStream]:
     token_ids, thinking = _chat_prompt(model, request, info)
+    check_length(token_ids, info, "messages", room=1)
     tools = _callable_tools(request)
     submit = msgspec.structs.replace(
         _submit(model, request, token_ids, info, deadline_s), grammar=_grammar(model, request, tools, thinking.state)
@@ -87,7 +88,7 @@ def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadl
 
 
 def count_prompt_tokens(model: ServedModel, request: ChatRequest, info: EngineInfo) -> int:
-    """Those that the request's usage will tell, whatever its max_tokens. InvalidRequestError as for `plan`."""
+    """Those that the request's usage will tell, whatever its max_tokens; also more than the context takes."""
     return len(_chat_prompt(model, request, info)[0])
 
 
@@ -180,7 +181,6 @@ def _chat_prompt(model: ServedModel, request: ChatRequest, info: EngineInfo) -> 
     thinking = _thinking(model, request, prompt, room=info.context_length - len(token_ids))
     if thinking.state == "open" and thinking.budget == 0:
         token_ids = [*token_ids, *model.tokenizer.encode(thinking.close.lstrip())]
-        check_length(token_ids, info, "messages", room=1)
         thinking = replace(thinking, state="none")
     return token_ids, thinking
 

@@ -6,7 +6,7 @@ from typing import Any
 from mlx_server.chat.messages import in_plain_turns, template_messages, template_tools
 from mlx_server.chat.served_model import ServedModel, Tokenizer
 from mlx_server.chat.types import ChatRequest, CompletionRequest, Reasoning, Scalar
-from mlx_server.errors import InvalidRequestError
+from mlx_server.errors import ContextLengthError, InvalidRequestError
 from mlx_server.wire import EngineInfo
 
 # More bytes a token of context than any real prompt has; longer ones are refused without the work of tokenizing them.
@@ -89,15 +89,13 @@ def is_enabled(reasoning: Reasoning) -> bool | None:
 
 
 def chat_tokens(model: ServedModel, prompt: ChatPrompt, info: EngineInfo) -> list[int]:
-    """The prompt's token ids. InvalidRequestError if they leave no room for an answer."""
+    """The prompt's token ids, however many; but ContextLengthError if the text is too long to be worth the work."""
     check_size(prompt.text, info, "messages")
-    token_ids = model.tokenizer.encode_chat(prompt.text)
-    check_length(token_ids, info, "messages", room=1)
-    return token_ids
+    return model.tokenizer.encode_chat(prompt.text)
 
 
 def completion_tokens(model: ServedModel, request: CompletionRequest, info: EngineInfo) -> list[list[int]]:
-    """Each prompt's token ids. InvalidRequestError as for `chat_tokens`, or if the model can't fill in the middle."""
+    """Each prompt's token ids. InvalidRequestError if one leaves no room, or the model can't fill in the middle."""
     room = min(request.max_tokens, 1)
     return [_completion_tokens(model, prompt, request.suffix, info, room) for prompt in request.prompts]
 
@@ -142,23 +140,24 @@ def check_size(text: str, info: EngineInfo, param: str) -> None:
     """InvalidRequestError if a text is surely too long, before the work of tokenizing it."""
     size_bytes = len(text.encode())
     if size_bytes > _MAX_BYTES_PER_TOKEN * info.context_length:
-        raise _too_long(info, param, f"{size_bytes} bytes, more than {_MAX_BYTES_PER_TOKEN} for each of them")
+        length = f"{size_bytes} bytes"
+        raise _too_long(info, param, length, f", more than {_MAX_BYTES_PER_TOKEN} for each of them")
 
 
 def check_length(token_ids: list[int], info: EngineInfo, param: str, room: int) -> None:
     """InvalidRequestError unless there are tokens, and as much room for the answer."""
     if len(token_ids) + room > info.context_length:
         consequence = ", which leaves no room for an answer" if room else ""
-        raise _too_long(info, param, f"{len(token_ids)} tokens{consequence}")
+        raise _too_long(info, param, f"{len(token_ids)} tokens", consequence)
     if not token_ids:
         raise InvalidRequestError("The prompt is empty.", param=param)
 
 
-def _too_long(info: EngineInfo, param: str, length: str) -> InvalidRequestError:
+def _too_long(info: EngineInfo, param: str, length: str, remark: str) -> ContextLengthError:
     why = " here, as the KV cache holds no more (see --memory-limit)" if info.limited_by_memory else ""
     subject = "the messages are" if param == "messages" else f"the {param} is"
-    return InvalidRequestError(
-        f"This model's maximum context length is {info.context_length} tokens{why}, but {subject} {length}.",
+    return ContextLengthError(
+        f"This model's maximum context length is {info.context_length} tokens{why}, but {subject} {length}{remark}.",
+        f"prompt is too long: {length} > {info.context_length} tokens maximum{why}",
         param=param,
-        code="context_length_exceeded",
     )

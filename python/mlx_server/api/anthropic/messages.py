@@ -57,7 +57,10 @@ class Messages:
 
 
 class CountTokens:
-    """How many tokens the prompt of a message has, with what the model's template adds."""
+    """How many tokens the prompt of a message has, with what the model's template adds.
+
+    More than the context takes are counted too: clients ask in order to know how much they must leave out.
+    """
 
     operations: ClassVar = {
         "POST": Operation(
