@@ -21,6 +21,7 @@ from mlx_server.api.deps import Deps
 from mlx_server.api.middleware import AccessLog
 from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.chat.served_model import ServedModel
+from mlx_server.chat.template_source import TemplateSource
 from mlx_server.engine_client import EngineClient
 from mlx_server.errors import OverloadedError
 from mlx_server.sampling_params import SamplingParams
@@ -216,6 +217,10 @@ class ByteStream:
 
 class ByteTokenizer:
     """One token a byte."""
+
+    bos_token: str | None = None
+    eos_token: str | None = "<e>"
+    templates = TemplateSource()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return list(text.encode())

@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize and /apply-template: vLLM's fields and llama.cpp's."""
+"""POST /tokenize, /detokenize and /apply-template, GET /tokenizer_info: vLLM's fields and llama.cpp's."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 
 from fake_engine import Backend, ByteTokenizer, fake_model
 from mlx_server.chat.served_model import load_served_model
+from mlx_server.chat.template_source import TemplateSource
 from mlx_server.config import ResolvedModel
 
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
@@ -16,6 +17,8 @@ RENDERED = "system: Be kind.\nuser: hi\n"
 
 class WithBos(ByteTokenizer):
     """Byte 1 before each prompt; the special token `<s>` is that byte."""
+
+    bos_token, templates = "<s>", TemplateSource("{{ bos_token }}", tool_use="{{ tools }}")
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [1] * add_special_tokens + list(text.replace("<s>", "\1").encode())
@@ -126,6 +129,19 @@ def test_detokenize(client: falcon.testing.TestClient) -> None:
 @pytest.mark.parametrize("tokens", [[-1], [257], [10**30], [1.5], ["a"], None, "a"])
 def test_tokens_that_the_model_lacks(client: falcon.testing.TestClient, tokens: Any) -> None:
     assert client.simulate_post("/detokenize", json={"tokens": tokens}).status_code == 400
+
+
+# --- /tokenizer_info ---
+
+
+def test_the_tokenizer_as_vllm_describes_it(client: falcon.testing.TestClient) -> None:
+    assert client.simulate_get("/tokenizer_info").json == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "<e>",
+        "chat_template": "{{ bos_token }}",
+        "model_max_length": 100,
+    }
 
 
 # --- /apply-template ---

@@ -16,7 +16,7 @@ from mlx_server.api.openai.completions import Completions
 from mlx_server.api.openai.embeddings import Embeddings
 from mlx_server.api.openai.responses import ResponseById, Responses
 from mlx_server.api.openapi import Docs, OpenApi
-from mlx_server.api.tokenize import ApplyTemplate, Detokenize, Tokenize
+from mlx_server.api.tokenize import ApplyTemplate, DescribeTokenizer, Detokenize, Tokenize
 
 
 def create_app(deps: Deps) -> AccessLog:
@@ -57,6 +57,7 @@ def make_routes(deps: Deps) -> dict[str, Any]:
         "/v1/embeddings": Embeddings(deps),
         "/tokenize": Tokenize(deps),
         "/detokenize": Detokenize(deps),
+        "/tokenizer_info": DescribeTokenizer(deps),
         "/apply-template": ApplyTemplate(deps),
         "/openapi.json": openapi,
         "/docs": Docs(),

@@ -1,6 +1,6 @@
-"""POST /tokenize, /detokenize and /apply-template, with vLLM's fields and llama.cpp's."""
+"""POST /tokenize, /detokenize and /apply-template, with vLLM's fields and llama.cpp's; vLLM's GET /tokenizer_info."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import falcon
 import msgspec
@@ -71,6 +71,18 @@ class Detokenized(Struct):
 
 class TemplateApplied(Struct):
     prompt: str
+
+
+class TokenizerInfo(Struct, kw_only=True):
+    """vLLM's form, which is that of tokenizer_config.json."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = (
+        "PreTrainedTokenizerFast"  # transformers' for any tokenizer.json
+    )
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    model_max_length: int
 
 
 class Tokenize:
@@ -153,6 +165,27 @@ class Detokenize:
         text = self._deps.model.tokenizer.decode(body.tokens, skip_special_tokens=False)
         resp.content_type = "application/json"
         resp.data = msgspec.json.encode(Detokenized(text, text))
+
+
+class DescribeTokenizer:
+    """Special tokens and the chat template: lm-eval then needs no tokenizer of its own."""
+
+    operations: ClassVar = {"GET": Operation(summary="Special tokens and chat template", answer=TokenizerInfo)}
+
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+
+    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        tokenizer = self._deps.model.tokenizer
+        resp.content_type = "application/json"
+        resp.data = msgspec.json.encode(
+            TokenizerInfo(
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+                chat_template=tokenizer.templates.default,
+                model_max_length=self._deps.engine.info().context_length,
+            )
+        )
 
 
 class ApplyTemplate:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from mlx_server.chat import template, tokenizer
 from mlx_server.chat.messages import TemplateTraits
 from mlx_server.chat.reasoning import Tags, reasoning_tags
+from mlx_server.chat.template_source import TemplateSource
 from mlx_server.chat.tool_parsers import TOOL_PARSERS, tool_parser_of
 from mlx_server.chat.tool_parsers.base import ToolParser
 from mlx_server.chat.tool_parsers.hermes import Hermes
@@ -28,6 +29,10 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
+    bos_token: str | None
+    eos_token: str | None
+    templates: TemplateSource
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those that the model wants around a prompt too."""
 
