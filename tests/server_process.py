@@ -93,14 +93,14 @@ class ServerProcess:
         return until(find, "the Ready line", deadline_s)
 
     def processes(self, word: str = "", *, recursive: bool = True) -> list[psutil.Process]:
-        """Those of the server's children, grandchildren … that are alive and have `word` in their command."""
+        """Those of the server's children, grandchildren … that are alive and have `word` in their command line."""
         children = psutil.Process(self.process.pid).children(recursive)
-        found = [child for child in children if _is_alive(child) and any(word in part for part in _command(child))]
+        found = [child for child in children if _is_alive(child) and (not word or word in _command(child))]
         self._seen |= {process.pid: process for process in found}
         return found
 
     def child(self, word: str, other_than: psutil.Process | None = None, deadline_s: float = 20.0) -> psutil.Process:
-        """The child whose command has `word`: the first one, without its own children."""
+        """The child whose command line has `word`: the first one, without its own children."""
 
         def find() -> psutil.Process | None:
             return next((p for p in self.processes(word, recursive=False) if p != other_than), None)

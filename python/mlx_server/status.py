@@ -14,6 +14,8 @@ import msgspec
 
 from mlx_server.config import ResolvedModel
 
+EXIT_OUT_OF_MEMORY = 3  # the engine's exit code when memory ran out where it could not go on
+
 
 class Loading(msgspec.Struct, tag_field="event", tag="loading", frozen=True):
     """A step of the start that takes a while begins."""

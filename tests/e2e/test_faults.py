@@ -65,6 +65,12 @@ def health(server: ServerProcess) -> int:
     return status_of(f"{server.url()}/health")
 
 
+def kv_tokens(text: str) -> int:
+    """How many the cache holds, as the first line with a budget says; 0: there is none."""
+    found = re.search(r"KV .*\(([\d,]+) tokens\)", text)
+    return int(found[1].replace(",", "")) if found else 0
+
+
 def test_processes_that_are_killed_come_back():
     with start() as server, connect(server) as client:
         engine, api = server.child("mlx_server.engine"), server.child("mlx_server.api")
@@ -84,6 +90,8 @@ def test_processes_that_are_killed_come_back():
         until(lambda: refusal(client) is None, "an answer after the engine's restart", 60)
         assert health(server) == 200
         assert server.child("mlx_server.engine") != engine
+        # For all that is known, it was killed because memory ran out.
+        until(lambda: kv_tokens(server.err) == kv_tokens(server.out) // 2, "half of the cache")
         assert server.child("mlx_server.api") == api  # it has not noticed
 
         worker = api.children()[0]
@@ -226,9 +234,8 @@ def test_a_request_beyond_the_timeout_is_ended_and_its_work_cancelled():
 def test_a_small_memory_limit_bounds_the_context_and_says_so():
     with start("--memory-limit", "230MB") as server, connect(server) as client:
         server.url()
-        shown = re.search(r"Memory +weights .* KV .*\(([\d,]+) tokens\).* of 230\.0 MB", server.out)
-        assert shown is not None
-        num_tokens = int(shown[1].replace(",", ""))
+        assert re.search(r"Memory +weights .* KV .* tokens\).* of 230\.0 MB", server.out)
+        num_tokens = kv_tokens(server.out)
         with pytest.raises(BadRequestError) as error:
             client.chat.completions.create(model="default", messages=[{"role": "user", "content": "word " * 1500}])
         assert error.value.code == "context_length_exceeded"

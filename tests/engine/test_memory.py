@@ -61,6 +61,39 @@ def test_a_limit_without_room_for_the_cache_is_refused_and_a_default_is_not(
     assert "may become slow" in caplog.text
 
 
+def test_a_share_makes_all_but_the_weights_smaller() -> None:
+    model = Sized(state_spec=StateSpec(10, 4, 64, 8, 16, 16, mx.float32))
+    for limit in "600MB", "1TB":
+        whole, half = (plan_memory(model, limit=limit, share=share, step_bytes_per_token=1000) for share in (1.0, 0.5))
+        uses = [
+            memory_use(model, plan, limit=limit, share=share, step_bytes_per_token=1000)
+            for plan, share in ((whole, 1.0), (half, 0.5))
+        ]
+        assert half.max_batch_tokens == whole.max_batch_tokens // 2
+        assert 0.4 < half.num_blocks / whole.num_blocks <= 0.5 and half.num_snapshots <= whole.num_snapshots / 2
+        assert uses[1].limit - uses[1].weights == pytest.approx((uses[0].limit - uses[0].weights) / 2, abs=1)
+        assert uses[1].weights + uses[1].scratch + uses[1].kv_cache + uses[1].states <= uses[1].limit
+
+
+def test_a_share_leaves_the_least() -> None:
+    limit = "60MB"
+    assert plan_memory(Sized(), limit=limit).num_tokens > memory.LEAST_TOKENS
+    assert plan_memory(Sized(), limit=limit, share=1 / 8).num_tokens == memory.LEAST_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), True),
+        (RuntimeError("cudaMallocAsync: out of memory"), True),
+        (RuntimeError("the device is on fire"), False),
+    ],
+)
+def test_errors_that_mean_too_little_memory(error: Exception, is_it: bool) -> None:
+    assert memory.is_out_of_memory(error) is is_it
+
+
 def test_what_the_start_screen_says() -> None:
     use = MemoryUse(4_600 * MB, 1_200 * MB, 0, 600 * MB, 21_300 * MB, 32_768)
     assert str(use) == "weights 4.6 + KV 1.2 (32,768 tokens) + scratch 0.6 = 6.4 of 21.3 GB"

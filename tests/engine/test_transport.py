@@ -17,7 +17,7 @@ from engine.test_scheduler import alone, make_core, make_submit
 from fake_engine import until
 from mlx_server import wire
 from mlx_server.engine.core import EngineCore
-from mlx_server.engine.transport import EngineServer, _is_out_of_memory
+from mlx_server.engine.transport import EngineServer
 
 
 class Client:
@@ -195,16 +195,3 @@ def test_a_descriptor_that_is_used_again_is_another_connection(harness: Harness)
     client = harness.connect()
     client.send(make_submit("a", [1], 5))
     assert isinstance(client.outputs_until_end()[-1], wire.Finished)
-
-
-@pytest.mark.parametrize(
-    ("error", "is_it"),
-    [
-        (MemoryError(), True),
-        (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), True),
-        (RuntimeError("cudaMallocAsync: out of memory"), True),
-        (RuntimeError("the device is on fire"), False),
-    ],
-)
-def test_errors_that_mean_too_little_memory(error: Exception, is_it: bool) -> None:
-    assert _is_out_of_memory(error) is is_it

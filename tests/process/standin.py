@@ -1,7 +1,7 @@
 """Stand-ins for the supervisor's children: `standin.py fetch|engine|api` and the arguments that the real ones get.
 
 The model's name says what they do: `no-such-model`, `endless-download`, `endless-load`, `broken-model`, `crash`,
-`crash-api`, `hang`; anything else works.
+`crash-api`, `hang`, `hungry` (it dies until it has the least memory); anything else works.
 """
 
 import argparse
@@ -16,7 +16,15 @@ from pathlib import Path
 
 from mlx_server.config import STACKS_SIGNAL, Launch, ResolvedModel
 from mlx_server.pulse import Pulse
-from mlx_server.status import Failed, Loading, Ready, Resolved, StatusPipe, end_with_supervisor
+from mlx_server.status import (
+    EXIT_OUT_OF_MEMORY,
+    Failed,
+    Loading,
+    Ready,
+    Resolved,
+    StatusPipe,
+    end_with_supervisor,
+)
 
 
 def fetch(model: str, status: StatusPipe) -> None:
@@ -26,7 +34,7 @@ def fetch(model: str, status: StatusPipe) -> None:
     status.send(Failed("there is no such model") if model == "no-such-model" else Resolved(ResolvedModel(model, "/x")))
 
 
-def engine(model: str, status: StatusPipe, run_dir: Path) -> None:
+def engine(model: str, status: StatusPipe, run_dir: Path, memory_share: float) -> None:
     status.send(Loading("weights"))
     if model == "endless-load":
         signal.pause()
@@ -35,7 +43,11 @@ def engine(model: str, status: StatusPipe, run_dir: Path) -> None:
     elif model == "crash":
         os._exit(7)
     else:
-        status.send(Ready({"Context": "7 tokens"}))
+        status.send(Ready({"Context": "7 tokens", "Memory": f"{memory_share} of it"}))
+    if model == "hungry" and memory_share == 1:
+        os.abort()
+    if model == "hungry" and memory_share > 1 / 8:
+        os._exit(EXIT_OUT_OF_MEMORY)
     if model == "hang":
         faulthandler.register(STACKS_SIGNAL)
         Pulse(run_dir).beat(slowest_step_s=0.0)
@@ -79,6 +91,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+")
     parser.add_argument("--status-fd", type=int, default=-1)
     parser.add_argument("--fd", type=int, default=-1)
+    parser.add_argument("--memory-share", type=float, default=0.0)
     args = parser.parse_args()
     if args.role == "fetch":
         end_with_supervisor()
@@ -88,7 +101,7 @@ def main() -> None:
     end_with_supervisor(run_dir)
     model = Launch.read(run_dir).model.name
     if args.role == "engine":
-        engine(model, StatusPipe(args.status_fd), run_dir)
+        engine(model, StatusPipe(args.status_fd), run_dir, args.memory_share)
     else:
         api(model, args.fd)
 

@@ -194,8 +194,25 @@ def test_a_child_that_dies_is_started_again(name):
         assert "process ended with signal SIGKILL" in server.err
         assert get(url + "/health") == b"first last"
         if name == "engine":
-            until(lambda: "the engine is ready again" in server.err, "the engine")
+            until(lambda: "the engine is ready again: Context 7 tokens, Memory 0.5 of it" in server.err, "the engine")
         assert server.out.count("Loading") == 1
+
+
+def test_an_engine_that_runs_out_of_memory_gets_less():
+    """It is aborted, says twice that memory ran out, and is killed from outside; then there is no less."""
+    with start("hungry") as server:
+        until(lambda: "ready again: Context 7 tokens, Memory 0.125 of it" in server.err, "the least memory")
+        assert shares(server) == ["0.5", "0.25", "0.125"]
+        assert "signal SIGABRT (perhaps memory ran out)" in server.err
+        assert "exit code 3 (perhaps memory ran out)" in server.err
+        server.child("engine").kill()
+        until(lambda: len(shares(server)) == 4, "what it may use then")
+        assert "signal SIGKILL (perhaps memory ran out)" in server.err
+        assert shares(server)[3] == "0.125"
+
+
+def shares(server: ServerProcess) -> list[str]:
+    return re.findall(r"from now on it uses (\S+) of the memory", server.err)
 
 
 def test_no_process_outlives_a_killed_supervisor():
@@ -241,4 +258,5 @@ def test_an_engine_that_hangs_shows_its_stacks_and_is_replaced():
         server.child("engine", other_than=engine)
         assert "the engine has made no step" in server.err
         assert re.search(r"File .*standin.py.*in engine", server.err)
-        assert "signal SIGKILL" in server.err
+        assert re.search("signal SIGKILL;", server.err)  # ours: memory did not run out
+        until(lambda: "ready again: Context 7 tokens, Memory 1.0 of it" in server.err, "the engine")

@@ -1,4 +1,4 @@
-"""The engine process: `python -m mlx_server.engine RUN_DIR --status-fd N`, started by the supervisor."""
+"""The engine process: `python -m mlx_server.engine RUN_DIR --memory-share S --status-fd N`."""
 
 import argparse
 import faulthandler
@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_server import log as logs
 from mlx_server import status
@@ -14,7 +15,7 @@ from mlx_server.config import STACKS_SIGNAL, Launch
 from mlx_server.engine.assembly import make_engine_core
 from mlx_server.engine.core import EngineCore
 from mlx_server.engine.grammar import Grammars
-from mlx_server.engine.memory import apply_limit, memory_use, plan_memory
+from mlx_server.engine.memory import apply_limit, is_out_of_memory, memory_use, plan_memory
 from mlx_server.engine.speculation import Speculator
 from mlx_server.engine.transport import EngineServer
 from mlx_server.engine.warm_up import check_model_kernels, measure_step, warm_up
@@ -31,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--memory-share", type=float, required=True)
     args = parser.parse_args()
     launch = Launch.read(args.run_dir)
     logs.configure(launch.settings.log_level, "engine")
@@ -40,17 +42,22 @@ def main() -> int:
     faulthandler.register(STACKS_SIGNAL)
     pipe = status.StatusPipe(args.status_fd)
     try:
-        core, lines = start(launch, pipe)
+        core, lines = start(launch, args.memory_share, pipe)
+        server = EngineServer(core, launch.engine_address)
+        pipe.send(status.Ready(lines))
+        server.run(Pulse(args.run_dir))
     except ModelLoadError as error:
         pipe.send(status.Failed(error.message))
         return EXIT_MODEL_ERROR
-    server = EngineServer(core, launch.engine_address)
-    pipe.send(status.Ready(lines))
-    server.run(Pulse(args.run_dir))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.exception("memory ran out")
+        return status.EXIT_OUT_OF_MEMORY
     return 0
 
 
-def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str, str]]:
+def start(launch: Launch, memory_share: float, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str, str]]:
     """Load the model, check its kernels, size the KV pool, run a first request.
 
     The core, and what the start screen says of it.
@@ -63,8 +70,9 @@ def start(launch: Launch, pipe: status.StatusPipe) -> tuple[EngineCore, dict[str
     pipe.send(status.Loading("warm-up"))
     check_model_kernels(model, launch.settings.kv_bits)  # before anything else uses them
     limit, step_bytes = launch.settings.memory_limit, measure_step(model)
-    plan = plan_memory(model, limit=limit, step_bytes_per_token=step_bytes, kv_bits=launch.settings.kv_bits)
-    use = memory_use(model, plan, limit=limit, step_bytes_per_token=step_bytes)
+    budget: dict[str, Any] = {"limit": limit, "share": memory_share, "step_bytes_per_token": step_bytes}
+    plan = plan_memory(model, kv_bits=launch.settings.kv_bits, **budget)
+    use = memory_use(model, plan, **budget)
     apply_limit(use)
     core = make_engine_core(
         model,

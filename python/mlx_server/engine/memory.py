@@ -63,29 +63,37 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Model, *, limit: str | None = None, step_bytes_per_token: int = 0, kv_bits: int | None = None
+    model: Model,
+    *,
+    limit: str | None = None,
+    share: float = 1.0,
+    step_bytes_per_token: int = 0,
+    kv_bits: int | None = None,
 ) -> MemoryPlan:
     """Size the pool for `model`, whose weights are loaded, on the default device.
 
     Args:
         limit: what weights, caches and scratch may take together, such as 8GB or 80%; None: most of what is there.
+        share: of what there would be beside the weights; less than 1 after memory ran out.
         step_bytes_per_token: of activations, see `warm_up.measure_step`.
         kv_bits: of the KV cache's elements; None: those of the model's dtype.
     Raises:
         ModelLoadError: `limit` leaves no room for the KV cache.
     """
-    max_batch_tokens = MAX_BATCH_TOKENS[mx.default_device().type]
+    max_batch_tokens = int(share * MAX_BATCH_TOKENS[mx.default_device().type])
     scratch_bytes = _scratch_bytes(model, max_batch_tokens, step_bytes_per_token)
-    limit_bytes, weight_bytes = _limit_bytes(limit), mx.get_active_memory()
+    limit_bytes, weight_bytes = _limit_bytes(limit, share), mx.get_active_memory()
     slot_bytes = RecurrentStates.bytes_per_slot(model.state_spec)
     block_bytes = BLOCK_SIZE * KVPools.bytes_per_token(model.kv_spec, kv_bits)
     budget_bytes = limit_bytes - weight_bytes - scratch_bytes - MAX_RUNNING * slot_bytes
-    num_snapshots = max(min(MAX_SNAPSHOTS, int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0) if slot_bytes else 0
+    num_snapshots = 0
+    if slot_bytes:
+        num_snapshots = max(min(int(share * MAX_SNAPSHOTS), int(SNAPSHOT_SHARE * budget_bytes) // slot_bytes), 0)
     budget_bytes -= num_snapshots * slot_bytes
-    useful_blocks = max(model.context_length, USEFUL_TOKENS) // BLOCK_SIZE
+    useful_blocks = int(share * max(model.context_length, USEFUL_TOKENS)) // BLOCK_SIZE
     least_blocks = max(min(model.context_length, LEAST_TOKENS) // BLOCK_SIZE, 1)
     num_blocks = min(useful_blocks, budget_bytes // block_bytes)
-    if num_blocks < least_blocks:
+    if num_blocks < least_blocks and share == 1.0:
         needed_bytes = limit_bytes - budget_bytes + least_blocks * block_bytes
         fault = (
             f"The model needs {needed_bytes / 1e9:.1f} GB with the smallest KV cache, and {limit_bytes / 1e9:.1f} GB"
@@ -96,7 +104,9 @@ def plan_memory(
     return MemoryPlan(max(num_blocks, least_blocks), BLOCK_SIZE, max_batch_tokens, MAX_RUNNING, num_snapshots, kv_bits)
 
 
-def memory_use(model: Model, plan: MemoryPlan, *, limit: str | None = None, step_bytes_per_token: int = 0) -> MemoryUse:
+def memory_use(
+    model: Model, plan: MemoryPlan, *, limit: str | None = None, share: float = 1.0, step_bytes_per_token: int = 0
+) -> MemoryUse:
     """What `plan` takes. Call it before the pools are made, with what `plan_memory` was given."""
     num_slots = plan.max_running + plan.num_snapshots
     return MemoryUse(
@@ -104,7 +114,7 @@ def memory_use(model: Model, plan: MemoryPlan, *, limit: str | None = None, step
         kv_cache=plan.num_tokens * KVPools.bytes_per_token(model.kv_spec, plan.kv_bits),
         states=num_slots * RecurrentStates.bytes_per_slot(model.state_spec),
         scratch=_scratch_bytes(model, plan.max_batch_tokens, step_bytes_per_token),
-        limit=_limit_bytes(limit),
+        limit=_limit_bytes(limit, share),
         num_tokens=plan.num_tokens,
     )
 
@@ -120,8 +130,14 @@ def _scratch_bytes(model: Model, max_batch_tokens: int, step_bytes_per_token: in
     return max_batch_tokens * step_bytes_per_token + LOGITS_COPIES * MAX_RUNNING * model.vocab_size * mx.float32.size
 
 
-def _limit_bytes(limit: str | None) -> int:
-    """`limit`, or the default, of the default device."""
+def is_out_of_memory(error: Exception) -> bool:
+    """The C++ standard's error, or MLX's, which is a RuntimeError that says so."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "malloc" in text or "out of memory" in text
+
+
+def _limit_bytes(limit: str | None, share: float) -> int:
+    """`limit`, or the default, of the default device, less what `share` takes from all but the weights."""
     if mx.default_device().type == mx.cpu:
         total = _machine_bytes()
         default = int(CPU_SHARE * total)
@@ -130,7 +146,9 @@ def _limit_bytes(limit: str | None) -> int:
         total = int(info.get("max_recommended_working_set_size") or info["total_memory"])  # Metal, else CUDA
         free = int(info.get("free_memory", total))  # CUDA: other programs may use the device too
         default = int(GPU_SHARE * min(total, free + mx.get_active_memory()))
-    return default if limit is None else memory_bytes(limit, total)
+    whole = default if limit is None else memory_bytes(limit, total)
+    weights = min(mx.get_active_memory(), whole)
+    return weights + int(share * (whole - weights))
 
 
 def _machine_bytes() -> int:

@@ -12,6 +12,7 @@ import zmq
 from mlx_server import wire
 from mlx_server.engine.connections import Connections
 from mlx_server.engine.core import EngineCore
+from mlx_server.engine.memory import is_out_of_memory
 from mlx_server.engine.queue import Refusal
 from mlx_server.engine.scheduler import Outputs
 from mlx_server.pulse import Pulse
@@ -82,7 +83,7 @@ class EngineServer:
             outputs = self._core.step()
         except Exception as error:  # process loop: a fault in a step ends that step's requests, never the engine
             log.exception("step failed")
-            outputs = self._core.fail_step(out_of_memory=_is_out_of_memory(error))
+            outputs = self._core.fail_step(out_of_memory=is_out_of_memory(error))
         log.debug("step: %.1f ms, %d outputs", 1e3 * (time.monotonic() - start), len(outputs))
         return outputs
 
@@ -133,9 +134,3 @@ class EngineServer:
     def _cancel_all(self, connection: bytes, state: str) -> None:
         if count := self._core.cancel_connection(connection):
             log.warning("an API process is %s; %d of its requests cancelled", state, count)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """The C++ standard's error, or MLX's, which is a RuntimeError that says so."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "malloc" in text or "out of memory" in text

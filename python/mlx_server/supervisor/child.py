@@ -30,6 +30,7 @@ class Child:
         self._process = process
         self._events = asyncio.StreamReader()
         self._pipe: asyncio.ReadTransport | None = None
+        self._is_killed = False  # by the supervisor
 
     async def read_events(self, fd: int) -> None:
         """Take `fd` as the read end of the child's status pipe."""
@@ -40,6 +41,12 @@ class Child:
     @property
     def is_alive(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def may_have_run_out_of_memory(self) -> bool:
+        """It said so at its end, or it was aborted, as where an exception can't go further, or killed by another."""
+        code = self._process.returncode
+        return code in (status.EXIT_OUT_OF_MEMORY, -signal.SIGABRT) or (code == -signal.SIGKILL and not self._is_killed)
 
     async def events(self) -> AsyncIterator[status.Event]:
         """What the child says of its state, until it ends."""
@@ -52,7 +59,8 @@ class Child:
         self._kill_group()
         if self._pipe is not None:
             self._pipe.close()
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{end} (perhaps memory ran out)" if self.may_have_run_out_of_memory else end
 
     async def stop(self, *, grace_s: float) -> None:
         """Ask the process to end, and end it after `grace_s` seconds."""
@@ -75,6 +83,7 @@ class Child:
     def send_kill(self) -> None:
         """End the process and what it started at once, without waiting."""
         if self.is_alive:
+            self._is_killed = True
             self._kill_group()
 
     def _kill_group(self) -> None:

@@ -33,6 +33,7 @@ HANG_S = 30.0
 HANG_STEPS = 10
 WATCH_INTERVAL_S = 1.0
 NUM_LATE = 3  # times in a row that it must look so: after a pause of the whole machine all look late, but once
+LEAST_MEMORY_SHARE = 1 / 8
 HEALTH_INTERVAL_S = 0.1
 MAX_SOCKET_PATH_BYTES = 100  # macOS has 104
 
@@ -45,7 +46,7 @@ class Commands(msgspec.Struct, frozen=True):
     """How the children are started, up to the arguments that the supervisor adds."""
 
     fetch: tuple[str, ...] = (sys.executable, "-m", "mlx_server.fetch")  # MODEL WORKING_DIR --status-fd N
-    engine: tuple[str, ...] = (sys.executable, "-m", "mlx_server.engine")  # RUN_DIR --status-fd N
+    engine: tuple[str, ...] = (sys.executable, "-m", "mlx_server.engine")  # RUN_DIR --memory-share S --status-fd N
     api: tuple[str, ...] = (sys.executable, "-m", "mlx_server.api")  # RUN_DIR --fd N
 
 
@@ -111,6 +112,7 @@ class Supervisor:
         self._api: Child | None = None
         self._screen = Screen()
         self._is_announced = False
+        self._memory_share = 1.0  # of what the engine may use beside the weights; halved when memory ran out
         self._stop = asyncio.Event()
         self._exit_code = 0
 
@@ -186,7 +188,7 @@ class Supervisor:
             ModelLoadError: as the engine says.
             StartError: it ended without saying why.
         """
-        command = [*self._commands.engine, str(self._run_dir)]
+        command = [*self._commands.engine, str(self._run_dir), "--memory-share", str(self._memory_share)]
         self._engine = engine = await self._children.start_reporting("engine", command)
         async for event in engine.events():
             match event:
@@ -222,10 +224,13 @@ class Supervisor:
             watch.cancel()
             pause_s = backoff.pause_s(uptime_s=clock() - ready_s)
             _log.error("the engine process ended with %s; it starts again in %.1f s", end, pause_s)
+            if self._engine.may_have_run_out_of_memory:
+                self._memory_share = max(self._memory_share / 2, LEAST_MEMORY_SHARE)
+                _log.warning("from now on it uses %.4g of the memory beside the weights", self._memory_share)
             await asyncio.sleep(pause_s)
             try:
-                await self._start_engine()
-                _log.info("the engine is ready again")
+                lines = await self._start_engine()
+                _log.info("the engine is ready again: %s", ", ".join(map(" ".join, lines.items())))
             except (ServerError, OSError) as error:
                 _log.error("the engine could not be started again: %s", error)
             ready_s = clock()
