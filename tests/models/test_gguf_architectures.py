@@ -1,6 +1,8 @@
 """GGUF files of every architecture, written here from the weights of parity/: they compute what transformers does."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from gguf_writer import write_gguf
+from gguf_writer import Q, write_gguf
 from mlx_server.checkpoint.gguf import read_gguf
 from mlx_server.checkpoint.model_config import config_from_gguf
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
+from models.checkpoints import save
 from models.dense_kv import prompt_logits
 from models.gguf_names import GEMMA3, LLAMA, QWEN3, gguf_name, interleave
+from models.transformers_model import save_random
+from reference.gguf_blocks import TYPES, dequantize, random_blocks
 
 PARITY = Path(__file__).parent / "parity"
 # fixture -> its architecture in GGUF, where a Mistral without a window is a Llama; names of tensors
@@ -77,6 +82,62 @@ def test_logits_are_those_of_the_safetensors_form(name, tmp_path):
     fixture = np.load(PARITY / name / "fixture.npz")
     logits = prompt_logits(load_model(str(tmp_path / "model.gguf")), fixture["prompt"].tolist())
     np.testing.assert_allclose(logits, fixture["logits"], 0, 1e-4)
+
+
+WIDE = {
+    "hidden_size": 256,  # a super-block
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 64,
+    "tie_word_embeddings": True,
+}
+FLOATS = {"F32": (0, mx.float32), "F16": (1, mx.float16), "BF16": (30, mx.bfloat16)}
+
+
+def encode(kind: str, shape: tuple[int, int], seed: int) -> tuple[Q, np.ndarray[Any, Any]]:
+    """A random matrix of a type, as it is in a file and as float32."""
+    if kind in FLOATS:
+        number, dtype = FLOATS[kind]
+        matrix = (0.05 * mx.random.normal(shape, key=mx.random.key(seed))).astype(dtype)
+        return Q(shape, number, bytes(np.array(matrix.view(mx.uint8)))), np.array(matrix.astype(mx.float32))
+    number, num_weights, *_ = TYPES[kind]
+    blocks = random_blocks(kind, math.prod(shape) // num_weights, seed, 1e-4 if kind.endswith("K") else 0.01)
+    return Q(shape, number, blocks.tobytes()), dequantize(kind, blocks).reshape(shape)
+
+
+@pytest.mark.parametrize("kinds", [[*FLOATS, *(kind for kind in TYPES if kind != "Q6_K")], ["Q6_K"]], ids=len)
+@pytest.mark.parametrize(("arch", "model_type"), [("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gemma3", "gemma3_text")])
+def test_every_type_of_tensor(arch, model_type, kinds, tmp_path):
+    config = WIDE | {"model_type": model_type}
+    save_random(tmp_path, config)
+    weights = {name: np.array(weight) for name, weight in mx.load(str(tmp_path / "model.safetensors")).items()}
+    names = {"qwen2": LLAMA, "qwen3": QWEN3, "gemma3": GEMMA3}[arch]
+    stored: dict[str, Any] = {}
+    in_turn = itertools.cycle(kinds)
+    for i, (name, weight) in enumerate(weights.items()):
+        tensor, weights[name] = encode(next(in_turn), weight.shape, i) if weight.ndim == 2 else (weight, weight)
+        stored[gguf_name(name, names)] = tensor + 1 if arch == "gemma3" and "norm" in name else tensor
+    types = {tensor.type_number for tensor in stored.values() if isinstance(tensor, Q)}
+    assert len(types) == len(kinds)
+    (tmp_path / "model.gguf").write_bytes(write_gguf(metadata(arch, config), stored))
+    expected = prompt_logits(
+        load_model(save(tmp_path, config, {name: mx.array(weight) for name, weight in weights.items()})), range(40)
+    )
+    logits = prompt_logits(load_model(str(tmp_path / "model.gguf")), range(40))
+    if kinds == ["Q6_K"]:
+        assert np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
+    else:
+        np.testing.assert_allclose(logits, expected, 0, 1e-4)
 
 
 def gemma3_config(path: Path, changes: dict[str, Any]) -> dict[str, Any]:
