@@ -81,6 +81,14 @@ def test_a_cache_of_eight_bits_gives_the_same_tokens_in_any_batch(model) -> None
     assert generate(core(), *messages, stagger=1) == alone
 
 
+def test_a_window_lets_a_request_be_longer_than_the_pool() -> None:
+    directory = PARITY / "mistral_swa"
+    fixture = np.load(directory / "fixture.npz")
+    core = make_core(load_model(str(directory)), num_blocks=4, max_batch_tokens=16)  # 64 of its 80 tokens
+    message = wire.Submit("a", fixture["prompt"].tolist(), 32, [], GREEDY)
+    assert generate(core, message) == {"a": fixture["greedy"].tolist()}
+
+
 def test_blocks_behind_the_window_serve_other_requests() -> None:
     directory = PARITY / "mistral_swa"
     fixture = np.load(directory / "fixture.npz")

@@ -5,8 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
+from mlx_server.models.config import WindowedDecoderArgs, convert
+from mlx_server.models.gemma3_text import Gemma3TextArgs
 from mlx_server.models.loader import load_model
+from mlx_server.models.qwen2 import Qwen2Args
+from mlx_server.models.qwen3 import Qwen3Args
 from models.dense_kv import DenseKV, prompt_logits, step
 from models.transformers_model import save_random, transformers_logits
 
@@ -106,3 +111,20 @@ def test_agrees_with_transformers(model_type, seed, tmp_path):
     kv = DenseKV()
     chunks = [step(model, kv, {"": token_ids[begin : begin + 13]})[""] for begin in range(0, NUM_TOKENS, 13)]
     np.testing.assert_allclose(np.concatenate(chunks), expected, 0, TOLERANCE)
+
+
+WINDOWED: dict[str, type[WindowedDecoderArgs]] = {
+    "qwen2": Qwen2Args,
+    "qwen3": Qwen3Args,
+    "gemma3_text": Gemma3TextArgs,
+}
+
+
+@pytest.mark.parametrize("model_type, seed", [case for case in CASES if case[0] in WINDOWED])
+def test_a_config_without_layer_types_means_the_same(model_type, seed):
+    """As transformers wrote them until 4.52."""
+    config = random_config(model_type, seed)
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    layer_types = AutoConfig.for_model(model_type, **fields).layer_types
+    args = convert(config, WINDOWED[model_type], "")
+    assert args.windows == [config["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types]
