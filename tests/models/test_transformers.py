@@ -127,4 +127,7 @@ def test_a_config_without_layer_types_means_the_same(model_type, seed):
     fields = {key: value for key, value in config.items() if key != "model_type"}
     layer_types = AutoConfig.for_model(model_type, **fields).layer_types
     args = convert(config, WINDOWED[model_type], "")
-    assert args.windows == [config["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types]
+    windows = [config["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types]
+    assert args.windows == windows
+    turned = convert(config | {"layer_types": layer_types[::-1]}, WINDOWED[model_type], "")
+    assert turned.windows == windows[::-1]  # what is said goes before what would follow

@@ -41,8 +41,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True):
 
         Overrides name layers with or without the module that holds the language model.
         """
-        name = layer.removeprefix("model.")
-        for key in (layer, name, f"model.{layer}", f"language_model.{layer}", f"language_model.model.{name}"):
+        for key in (layer, layer.removeprefix("model."), f"language_model.{layer}"):
             if key in self.overrides:
                 return self.overrides[key]
         return self.default if has_scales else None
