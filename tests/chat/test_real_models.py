@@ -197,6 +197,8 @@ def test_prompts_begin_with_one_bos(name, tokenizer, template):
         (bos_id,) = tokenizer.encode(tokenizer.bos_token)
         assert token_ids[0] == bos_id and token_ids.count(bos_id) == 1
         assert tokenizer.encode("hi", add_special_tokens=True)[0] == bos_id  # what would double it
+        rendered = render(template, CONVERSATIONS["turns"])
+        assert tokenizer.encode(rendered, add_special_tokens=True) == token_ids
 
 
 @pytest.mark.parametrize("name", MODELS)

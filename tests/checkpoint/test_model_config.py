@@ -26,6 +26,7 @@ METADATA: dict[str, Any] = {
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.eot_token_id": 7,
+    "tokenizer.ggml.eom_token_id": 8,
 }
 EMBEDDING = np.zeros((10, 256), np.float16)
 
@@ -56,9 +57,9 @@ def test_config_of_a_gguf_file(tmp_path):
         "mlp_bias": False,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
-        "eos_token_id": [2, 7],
+        "eos_token_id": [2, 7, 8],
     }
-    assert generation_defaults(path) == GenerationDefaults(end_token_ids=(2, 7))
+    assert generation_defaults(path) == GenerationDefaults(end_token_ids=(2, 7, 8))
 
 
 def test_what_a_gguf_file_may_leave_out(tmp_path):
@@ -164,9 +165,9 @@ def write(path: Path, value: object) -> None:
 def test_generation_defaults(tmp_path):
     write(tmp_path / "config.json", {"eos_token_id": 2})
     assert generation_defaults(tmp_path) == GenerationDefaults(end_token_ids=(2,))
-    advice = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0}
+    advice = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "repetition_penalty": 1.05}
     write(tmp_path / "generation_config.json", {"eos_token_id": [5, 2], "do_sample": True, **advice})
-    assert generation_defaults(tmp_path) == GenerationDefaults((2, 5), 0.6, 0.95, 20, 0)
+    assert generation_defaults(tmp_path) == GenerationDefaults((2, 5), 0.6, 0.95, 20, 0, 1.05)
     write(tmp_path / "generation_config.json", {"top_k": -1, "top_p": None})
     assert generation_defaults(tmp_path) == GenerationDefaults((2,), top_k=0)
     write(tmp_path / "generation_config.json", {"do_sample": False, **advice})
@@ -181,6 +182,7 @@ def test_generation_defaults(tmp_path):
         ({"top_p": 1.5}, "top_p must be a number from 0 to 1 but is 1.5"),
         ({"top_k": -2}, "top_k must be"),
         ({"min_p": True}, "min_p must be"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id must be a token id or a list"),
     ],
 )

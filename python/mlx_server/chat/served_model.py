@@ -114,5 +114,6 @@ def load_served_model(model: ResolvedModel, tool_parser: str | None = None) -> S
 
 
 def _default_sampling(defaults: GenerationDefaults) -> SamplingParams:
-    advised = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    advised = {name: getattr(defaults, name) for name in names}
     return SamplingParams(**{name: value for name, value in advised.items() if value is not None})

@@ -61,6 +61,7 @@ class Tokenizer:
         self.templates = templates
         self.bos_token = bos_token
         self.eos_token = eos_token
+        self._bos_id = None if bos_token is None else tokenizer.token_to_id(bos_token)
         self._num_embeddings = sys.maxsize if num_embeddings is None else num_embeddings
         ends = [token for token in _TURN_ENDS if token in (templates.default or "")]
         ids = {tokenizer.token_to_id(token) for token in [*ends, *([] if eos_token is None else [eos_token])]}
@@ -80,12 +81,14 @@ class Tokenizer:
         return _load_gguf(path) if is_gguf(path) else _load_directory(path)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; with `add_special_tokens` those that the model wants around a prompt (BOS) too.
+        """Token ids of `text`; with `add_special_tokens` those that the model wants around a prompt (BOS) too, once.
 
         Special tokens that `text` spells out become these tokens; `escape` prevents it. InvalidRequestError if the
         model has no embedding for a token.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._bos_id is not None and ids[:2] == [self._bos_id] * 2:
+            del ids[0]  # the text begins with it, as a chat template's output does
         if (largest := max(ids, default=0)) >= self._num_embeddings:
             raise InvalidRequestError(f"the model can't read the token {self._tokenizer.id_to_token(largest)!r}")
         return ids

@@ -27,6 +27,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def is_gguf(path: Path) -> bool:
@@ -80,6 +81,7 @@ def generation_defaults(path: Path) -> GenerationDefaults:
         top_p=_number(generation_path, generation, "top_p", 0, 1) or None,
         top_k=None if top_k is None else max(int(top_k), 0),  # some write -1 for all
         min_p=_number(generation_path, generation, "min_p", 0, 1),
+        repetition_penalty=_number(generation_path, generation, "repetition_penalty", 0, 100) or None,
     )
 
 
