@@ -10,11 +10,11 @@ import pytest
 from gguf_writer import Q, write_gguf
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
-from models.checkpoints import CONFIG, random_weights
+from models.checkpoints import CONFIG, LLAMA3_SCALING, random_weights
 from models.dense_kv import prompt_logits
 from models.gguf_names import LLAMA, gguf_name, interleave
 from reference.gguf_blocks import TYPES, dequantize, random_blocks
-from reference.llama import llama_logits
+from reference.llama import llama_logits, rope_inverse_freqs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -107,6 +107,16 @@ def test_agrees_with_the_numpy_model(encode, changes, tmp_path):
     config = CONFIG | changes
     tensors, values = convert(config, encode)
     (tmp_path / "model.gguf").write_bytes(write_gguf(METADATA, tensors))
+    logits = prompt_logits(load_model(str(tmp_path / "model.gguf")), TOKEN_IDS)
+    np.testing.assert_allclose(logits, llama_logits(config, values, TOKEN_IDS), 0, 1e-4)
+
+
+def test_rope_is_scaled_as_in_llama_3_1(tmp_path):
+    config = CONFIG | {"rope_scaling": LLAMA3_SCALING | {"original_max_position_embeddings": 8192}, "rope_theta": 5e5}
+    factors = [1 / (inverse * 5e5 ** (i / 8)) for i, inverse in enumerate(rope_inverse_freqs(config, 16))]
+    tensors, values = convert(config, f32)
+    tensors["rope_freqs.weight"] = np.array(factors, np.float32)
+    (tmp_path / "model.gguf").write_bytes(write_gguf(METADATA | {"llama.rope.freq_base": 5e5}, tensors))
     logits = prompt_logits(load_model(str(tmp_path / "model.gguf")), TOKEN_IDS)
     np.testing.assert_allclose(logits, llama_logits(config, values, TOKEN_IDS), 0, 1e-4)
 

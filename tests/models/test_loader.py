@@ -128,6 +128,18 @@ def test_follows_overrides_of_single_layers(name, tmp_path):
     check(save(tmp_path, UNTIED | {"quantization": block, "quantization_config": block}, stored), weights | plain)
 
 
+def test_what_the_weights_were_before_does_not_matter(tmp_path):
+    """A model that was converted may still say how its original was quantized."""
+    how = {"group_size": 32, "bits": 4}
+    stored = quantized(random_weights(CONFIG), Q_PROJ, **how)
+    plain = random_weights(CONFIG) | {f"{Q_PROJ}.weight": dequantized(stored, Q_PROJ, **how)}
+    blocks = {
+        "quantization": how | {"quant_method": "dwq"},
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    check(save(tmp_path, CONFIG | blocks, stored), plain)
+
+
 def test_an_lm_head_is_used_whatever_the_config_says(tmp_path):
     weights = random_weights(UNTIED)
     config = {key: value for key, value in UNTIED.items() if key != "tie_word_embeddings"}
