@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from fake_engine import END, TIMINGS, Backend, answer, endless, failing, fake_model, silent, until
@@ -165,6 +166,41 @@ def test_choices_have_seeds_of_their_own_and_an_index(backend: Backend) -> None:
         assert isinstance(done, Done)
     dones = [event for event in events if isinstance(event, Done)]
     assert total_usage(dones, 3) == Usage(len(PROMPT), 26 + 7 + 7)
+
+
+def test_many_choices_leave_the_queue_to_others(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 0
+
+    def script(submit: Submit) -> Iterator[RequestOutput | None]:
+        nonlocal most
+        most = max(most, len(backend.engine.running))
+        yield None
+        yield from answer(f"{submit.sampling.seed}")(submit)
+
+    backend.engine.script = script
+    monkeypatch.setattr(backend.client, "_info", msgspec.structs.replace(backend.client.info(), max_requests=15))
+    events = list(start(backend, n=20, sampling=SamplingParams(seed=0)))
+    for i in range(20):
+        said = [event.text for event in events if isinstance(event, TextDelta) and event.index == i]
+        assert "".join(said) == str(i)
+    assert sum(isinstance(event, Done) for event in events) == 20
+    assert most <= 3
+
+
+def test_an_engine_that_is_full_ends_what_has_begun(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_limit(max_requests: int) -> None:
+        monkeypatch.setattr(
+            backend.client, "_info", msgspec.structs.replace(backend.client.info(), max_requests=max_requests)
+        )
+
+    backend.engine.script = answer("ab")
+    set_limit(4)
+    generation = start(backend, n=3)
+    set_limit(0)
+    with pytest.raises(OverloadedError) as error:
+        list(generation)
+    assert (error.value.code, generation.finished) == ("queue_full", True)
+    assert len(backend.engine.submits) == 1
 
 
 def test_one_choice_may_stop_early_while_others_go_on(backend: Backend) -> None:

@@ -1,6 +1,7 @@
 """One request's way from messages to events: render, tokenize, submit, follow the choices."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from mlx_server.chat.choice import ChoiceStream
@@ -22,6 +23,7 @@ from mlx_server.wire import Embedded, Failed
 # Failed.code -> when to send it again
 _RETRY_AFTER_S = {"engine_died": 5, "server_stopping": 5, "queue_full": 2, "client_queue_full": 2}
 _ITERATION_WAIT_S = 60.0
+_QUEUE_SHARE = 4  # a request of many choices submits so large a part of what the engine takes at once
 
 
 class Generation:
@@ -35,14 +37,12 @@ class Generation:
     ) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._stream = engine.open_stream()
-        self._choices: dict[str, ChoiceStream] = {}  # that are not done, by their request
+        info = engine.info()
+        self._max_submitted = max(info.max_requests // _QUEUE_SHARE, 1)
+        self._waiting = deque(plan(model, request, info, timeout_s))  # choices that are not submitted yet
+        self._choices: dict[str, ChoiceStream] = {}  # those that are and are not done, by their request
         self.finished = False
-        try:
-            for choice in plan(model, request, engine.info(), timeout_s):
-                self._start(choice)
-        except BaseException:  # some choices may run already
-            self.close()
-            raise
+        self._start_waiting()
 
     def poll(self, timeout_s: float) -> list[Event]:
         """The next events, deltas of one choice joined, and a `Done` at the end of each. Empty: none in `timeout_s`.
@@ -69,6 +69,7 @@ class Generation:
                 self._stream.cancel(output.request_id)
                 if not choice.is_done:
                     self._start(choice)
+        self._start_waiting()
         if not self._choices:
             self.close()
         return join(events)
@@ -80,11 +81,20 @@ class Generation:
     def close(self) -> None:
         """End the request; the engine drops what is left of its work. May be called more than once."""
         self.finished = True
+        self._waiting.clear()
         self._choices = {}
         self._stream.close()
 
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._choices) < self._max_submitted:
+            self._start(self._waiting.popleft())
+
     def _start(self, choice: ChoiceStream) -> None:
-        self._stream.submit(choice.submit)
+        try:
+            self._stream.submit(choice.submit)
+        except BaseException:  # other choices may run already
+            self.close()
+            raise
         self._choices[choice.submit.request_id] = choice
 
 

@@ -36,6 +36,7 @@ from mlx_server.wire import EngineInfo
 
 _DEFAULT_MAX_TOKENS = 16
 _MAX_PROMPTS = 64
+_MAX_CHOICES = 1024  # of all prompts together
 _encode = msgspec.json.encode
 
 _TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
@@ -49,7 +50,7 @@ class CompletionBody(GenerationFields, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
-    best_of: Annotated[int, Meta(ge=1, le=16)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
 
 
 class CompletionLogprobs(Struct):
@@ -110,6 +111,10 @@ def to_completion_request(body: CompletionBody, model: ServedModel, info: Engine
     generation["n"] = best_of = _to_best_of(body)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     echo = body.echo is True
+    prompts = _to_prompts(body.prompt)
+    if len(prompts) * best_of > _MAX_CHOICES:
+        fault = f"`n` or `best_of`: {len(prompts)} prompts would have more than {_MAX_CHOICES} choices together."
+        raise InvalidRequestError(fault, param="n" if best_of == body.n else "best_of")
     if max_tokens == 0 and not (echo and body.logprobs is not None):
         fault = "`max_tokens` may be 0 only with `echo` and `logprobs`, to score the prompt."
         raise InvalidRequestError(fault, param="max_tokens")
@@ -118,7 +123,7 @@ def to_completion_request(body: CompletionBody, model: ServedModel, info: Engine
     return chat.CompletionRequest(
         **generation,
         max_tokens=max_tokens,
-        prompts=_to_prompts(body.prompt),
+        prompts=prompts,
         suffix=body.suffix or None,
         echo=echo,
         prompt_logprobs=body.logprobs if echo else None,

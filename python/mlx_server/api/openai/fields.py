@@ -71,7 +71,7 @@ class GenerationFields(Struct, kw_only=True):
 
     model: str
     max_tokens: Natural | None = None
-    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     frequency_penalty: _Penalty | None = None
