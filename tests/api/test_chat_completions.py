@@ -180,6 +180,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "modalities": [["text", "audio"]],
     "audio": [{"voice": "alloy", "format": "wav"}],
     "web_search_options": [{}],
+    "moderation": [{"model": "omni-moderation-latest"}],
     "return_token_ids": [True],
 }
 

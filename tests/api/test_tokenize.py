@@ -118,6 +118,24 @@ def test_wrong_requests(client: falcon.testing.TestClient, fields: Any, status: 
     check_error(client.simulate_post("/tokenize", json=fields), status, param)
 
 
+@pytest.mark.parametrize(
+    "fields, ignored",
+    [
+        ({"prompt": "a", "with_pieces": True, "tools": []}, "with_pieces"),
+        ({"prompt": "a", "seed": 1, "add_special": False}, "seed, add_special"),
+        ({"content": "a", "add_special_tokens": True, "add_special": True}, "add_special_tokens"),
+        ({"messages": MESSAGES, "parse_special": False, "seed": 1}, "parse_special"),
+    ],
+)
+def test_fields_of_another_form_are_named(
+    backend: Backend, client: falcon.testing.TestClient, fields: Any, ignored: str
+) -> None:
+    result = client.simulate_post("/tokenize", json=fields)
+    assert (result.status_code, result.headers["x-mlx-server-ignored"]) == (200, ignored)
+    strict = falcon.testing.TestClient(backend.app(strict=True), headers={"host": "localhost"})
+    check_error(strict.simulate_post("/tokenize", json=fields), 400, ignored.partition(",")[0])
+
+
 # --- /detokenize ---
 
 

@@ -6,7 +6,7 @@ import falcon
 import msgspec
 from msgspec import Meta, Struct
 
-from mlx_server.api.body import decode_body
+from mlx_server.api.body import decode_body, name_ignored
 from mlx_server.api.deps import Deps
 from mlx_server.api.openai.chat_request import to_chat_request
 from mlx_server.api.openai.types import ChatCompletionRequest, Message
@@ -15,6 +15,8 @@ from mlx_server.chat.prompt import check_size, check_token_ids, render_chat
 from mlx_server.errors import InvalidRequestError
 
 _DEFAULT_NAME = "default"
+_FIELDS_OF_CONTENT = ("add_special", "parse_special", "with_pieces")
+_FIELDS_OF_PROMPT = ("add_special_tokens", "return_token_strs")
 
 
 class TemplateRequest(ChatCompletionRequest, kw_only=True):
@@ -24,7 +26,10 @@ class TemplateRequest(ChatCompletionRequest, kw_only=True):
 
 
 class TokenizeRequest(ChatCompletionRequest, kw_only=True):
-    """One of `content` (llama.cpp's form), `prompt` and `messages` (vLLM's); with `messages` as in /apply-template."""
+    """One of `content` (llama.cpp's form), `prompt` and `messages` (vLLM's); with `messages` as in /apply-template.
+
+    What belongs to another form is ignored, and named in a header.
+    """
 
     model: str | None = None  # type: ignore[assignment]  # required there
     messages: Annotated[list[Message], Meta(max_length=4096)] | None = None  # type: ignore[assignment]
@@ -105,6 +110,7 @@ class Tokenize:
         if len(given) != 1:
             fault = "One of `content`, `prompt` and `messages` must be given."
             raise InvalidRequestError(fault, param=given[1] if given else "prompt")
+        name_ignored(resp, _of_other_forms(body, given[0]), strict=self._deps.strict)
         resp.content_type = "application/json"
         if body.content is not None:
             resp.data = msgspec.json.encode(self._of_content(body, body.content))
@@ -145,6 +151,15 @@ class Tokenize:
             tokenizer = self._deps.model.tokenizer
             strings = [tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
         return Tokenized(len(token_ids), self._deps.engine.info().context_length, token_ids, strings)
+
+
+def _of_other_forms(body: TokenizeRequest, form: str) -> list[str]:
+    """The fields that are given and have no meaning where the text is in `form`."""
+    given = [name for name in body.__struct_fields__ if getattr(body, name) not in (None, [])]
+    if form == "messages":
+        return [name for name in given if name in ("content", "prompt", *_FIELDS_OF_CONTENT)]
+    own = _FIELDS_OF_CONTENT if form == "content" else _FIELDS_OF_PROMPT
+    return [name for name in given if name not in ("model", form, *own)]
 
 
 class Detokenize:

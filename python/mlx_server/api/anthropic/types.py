@@ -1,6 +1,6 @@
 """POST /v1/messages as Anthropic defines it: the request's fields and their ranges, the answer's fields.
 
-After the types of the `anthropic` SDK 2.12. A field of type Any is accepted without effect; README says which and why.
+After the types of the `anthropic` SDK 2.12. README says which fields are accepted without effect, and why.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,15 +17,15 @@ _Text = Annotated[str, Meta(max_length=8 << 20)]
 
 class TextBlock(Struct, tag="text"):
     text: _Text
-    cache_control: Any = None
-    citations: Any = None
+    cache_control: dict[str, Any] | None = None
+    citations: list[Any] | None = None
 
 
 class ImageBlock(Struct, tag="image"):
     """Refused: the models served here read text."""
 
     source: Any
-    cache_control: Any = None
+    cache_control: dict[str, Any] | None = None
     transformations: Any = None
 
 
@@ -57,33 +57,33 @@ class DocumentBlock(Struct, tag="document"):
     source: TextSource | ContentSource | Base64Source | UrlSource | FileSource
     title: str | None = None
     context: str | None = None
-    cache_control: Any = None
-    citations: Any = None
+    cache_control: dict[str, Any] | None = None
+    citations: dict[str, Any] | None = None
 
 
 class SearchResultBlock(Struct, tag="search_result"):
     content: list[TextBlock]
     source: str
     title: str
-    cache_control: Any = None
-    citations: Any = None
+    cache_control: dict[str, Any] | None = None
+    citations: dict[str, Any] | None = None
 
 
 class ToolUseBlock(Struct, tag="tool_use"):
     id: Annotated[str, Meta(min_length=1, max_length=256)]
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     input: dict[str, Any]
-    cache_control: Any = None
-    caller: Any = None
-    toolset_name: Any = None
+    cache_control: dict[str, Any] | None = None
+    caller: dict[str, Any] | None = None
+    toolset_name: str | None = None
 
 
 class ToolResultBlock(Struct, tag="tool_result"):
     tool_use_id: Annotated[str, Meta(min_length=1, max_length=256)]
     content: str | list[TextBlock | ImageBlock | DocumentBlock | SearchResultBlock] | None = None
     is_error: bool | None = None
-    cache_control: Any = None
-    toolset_name: Any = None
+    cache_control: dict[str, Any] | None = None
+    toolset_name: str | None = None
 
 
 class ThinkingBlock(Struct, tag="thinking"):
@@ -125,10 +125,10 @@ class Tool(Struct):
     input_schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
-    cache_control: Any = None
+    cache_control: dict[str, Any] | None = None
     eager_input_streaming: bool | None = None  # arguments are always streamed as they come
-    input_examples: Any = None
-    allowed_callers: Any = None
+    input_examples: list[Any] | None = None
+    allowed_callers: list[Any] | None = None
     defer_loading: bool | None = None
 
 
@@ -167,10 +167,12 @@ class CountTokensRequest(Struct, kw_only=True):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     thread: Any = None  # refused: the clients then send the whole conversation
-    cache_control: Any = None  # every prompt is cached
-    context_management: Any = None
+    cache_control: dict[str, Any] | None = None  # every prompt is cached
+    context_management: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None  # refused unless empty
     speed: str | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):
@@ -182,13 +184,11 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    metadata: Any = None
+    metadata: dict[str, Any] | None = None
     service_tier: str | None = None
-    container: Any = None
-    diagnostics: Any = None
-    inference_geo: Any = None
-    user_profile_id: Any = None
-    workspace_id: Any = None
+    container: str | dict[str, Any] | None = None
+    diagnostics: dict[str, Any] | None = None
+    inference_geo: str | None = None
 
 
 # --- The answer ---

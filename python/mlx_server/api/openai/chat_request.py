@@ -48,6 +48,7 @@ def _check_unsupported(body: wire.ChatCompletionRequest) -> None:
         "modalities": body.modalities not in (None, [], ["text"]),
         "audio": body.audio is not None,
         "web_search_options": body.web_search_options is not None,
+        "moderation": body.moderation is not None,
         "return_token_ids": body.return_token_ids is True,
     }
     for field, is_unsupported in unsupported.items():

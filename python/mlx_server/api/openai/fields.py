@@ -28,6 +28,7 @@ _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Natural = Annotated[int, Meta(ge=0, le=_INT64_MAX)]
 Positive = Annotated[int, Meta(ge=1, le=_INT64_MAX)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+Verbosity = Literal["low", "medium", "high"]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Window = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -65,8 +66,8 @@ class StructuredOutputs(Struct):
 class GenerationFields(Struct, kw_only=True):
     """Null means absent everywhere. After OpenAI's own come those that local servers have added.
 
-    Accepted without effect: user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention,
-    safety_identifier, prediction, verbosity.
+    Accepted without effect, but of their types: user, metadata, store, service_tier, prompt_cache_*, safety_identifier,
+    prediction, verbosity.
     """
 
     model: str
@@ -111,15 +112,16 @@ class GenerationFields(Struct, kw_only=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     return_progress: bool | None = None
 
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    prediction: Any = None
-    verbosity: Any = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    prediction: dict[str, Any] | None = None
+    verbosity: Verbosity | None = None
 
 
 # --- Usage ---

@@ -1,6 +1,6 @@
 """POST /v1/responses as OpenAI defines it: the request's fields and their ranges, the answer's fields.
 
-After the types of the `openai` SDK 3.54. A field of type Any is accepted without effect; README says which and why.
+After the types of the `openai` SDK 3.54. README says which fields are accepted without effect, and why.
 """
 
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from mlx_server.api.openai.fields import Natural, Positive, Probability
+from mlx_server.api.openai.fields import Natural, Positive, Probability, Verbosity
 from mlx_server.api.openai.types import TokenLogprob
 from mlx_server.chat.types import Effort
 
@@ -27,10 +27,10 @@ class ContentPart(Struct, omit_defaults=True):
     type: str
     text: str | None = None
     refusal: str | None = None
-    annotations: Any = None
-    logprobs: Any = None
-    prompt_cache_breakpoint: Any = None
-    detail: Any = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    detail: str | None = None
     image_url: Any = None
     input_audio: Any = None
     file_id: Any = None
@@ -51,12 +51,12 @@ class InputItem(Struct, omit_defaults=True):
     name: _Name | None = None  # function_call
     arguments: str | None = None  # function_call: JSON text
     output: str | list[ContentPart] | None = None  # function_call_output
-    status: Any = None
-    phase: Any = None
-    encrypted_content: Any = None
-    namespace: Any = None
-    caller: Any = None
-    is_async: Any = msgspec.field(default=None, name="async")
+    status: str | None = None
+    phase: str | None = None
+    encrypted_content: str | None = None
+    namespace: str | None = None
+    caller: dict[str, Any] | None = None
+    is_async: bool | None = msgspec.field(default=None, name="async")
 
 
 class ResponsesTool(Struct):
@@ -67,10 +67,10 @@ class ResponsesTool(Struct):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    allowed_callers: Any = None
-    defer_loading: Any = None
-    output_schema: Any = None
-    is_async: Any = msgspec.field(default=None, name="async")
+    allowed_callers: list[Any] | None = None
+    defer_loading: bool | None = None
+    output_schema: dict[str, Any] | None = None
+    is_async: bool | None = msgspec.field(default=None, name="async")
 
 
 class ResponsesToolReference(Struct):
@@ -95,15 +95,15 @@ class TextFormat(Struct, omit_defaults=True):
 
 class TextConfig(Struct, omit_defaults=True):
     format: TextFormat | None = None
-    verbosity: Any = None
+    verbosity: Verbosity | None = None
 
 
 class ReasoningConfig(Struct):
     effort: Effort | None = None
-    summary: Any = None  # thoughts are given whole
-    generate_summary: Any = None
-    context: Any = None
-    mode: Any = None
+    summary: str | None = None  # thoughts are given whole
+    generate_summary: str | None = None
+    context: str | None = None
+    mode: str | None = None
 
 
 class ResponsesStreamOptions(Struct):
@@ -161,16 +161,16 @@ class ResponsesRequest(Struct, kw_only=True):
     context_management: list[Any] | None = None
     moderation: Any = None
 
-    access_programs: Any = None
-    background_options: Any = None
-    image: Any = None
+    access_programs: dict[str, Any] | None = None
+    background_options: dict[str, Any] | None = None
+    image: dict[str, Any] | None = None
     max_tool_calls: Natural | None = None  # of tools that the server runs: it has none
-    prompt_cache_key: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    user: Any = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    user: str | None = None
 
 
 class ResponseQuery(Struct):

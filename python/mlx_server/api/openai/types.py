@@ -24,7 +24,7 @@ class Part(Struct):
     input_audio: Any = None
     file: Any = None
     video_url: Any = None
-    cache_control: Any = None
+    cache_control: dict[str, Any] | None = None
 
 
 class CalledFunction(Struct):
@@ -50,7 +50,7 @@ class Message(Struct):
     refusal: str | None = None
     audio: Any = None
     function_call: Any = None
-    annotations: Any = None
+    annotations: list[Any] | None = None
 
 
 class FunctionTool(Struct):
@@ -110,6 +110,7 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     function_call: Any = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
     return_token_ids: bool | None = None
 
 

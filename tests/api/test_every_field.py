@@ -1,4 +1,4 @@
-"""An explicit null is as if the field were absent, for each optional field of each endpoint: clients send both."""
+"""What holds for each field of each endpoint."""
 
 from typing import Any
 
@@ -21,15 +21,31 @@ ENDPOINTS: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
     "/v1/embeddings": (EmbeddingRequest, {"model": "tiny", "input": "hi"}),
     "/v1/messages": (MessagesRequest, {"model": "tiny", "messages": MESSAGES, "max_tokens": 5}),
     "/v1/messages/count_tokens": (CountTokensRequest, {"model": "tiny", "messages": MESSAGES}),
-    "/tokenize": (TokenizeRequest, {"prompt": "hi"}),
+    "/tokenize": (TokenizeRequest, {"messages": MESSAGES}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
     "/apply-template": (TemplateRequest, {"messages": MESSAGES}),
 }
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_nulls(client: falcon.testing.TestClient, path: str) -> None:
+def test_null_is_as_if_it_were_absent(client: falcon.testing.TestClient, path: str) -> None:
     body_type, body = ENDPOINTS[path]
     optional = {field.encode_name: None for field in msgspec.structs.fields(body_type) if not field.required}
     result = client.simulate_post(path, json=optional | body)
     assert result.status_code == 200, result.text
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_a_wrong_type_is_refused_by_name(client: falcon.testing.TestClient, path: str) -> None:
+    """Also where the field has no effect. No field takes all of these."""
+    body_type, body = ENDPOINTS[path]
+    for field in msgspec.structs.fields(body_type):
+        name = field.encode_name
+        for value in ([["x"]], "wrong", 5):
+            result = client.simulate_post(path, json=body | {name: value})
+            if result.status_code != 200:
+                break
+        assert result.status_code == 400, name
+        error = result.json["error"]
+        assert f"`{name}" in error["message"]
+        assert "param" not in error or error["param"].startswith(name)
