@@ -277,6 +277,7 @@ def fake_deps(engine: EngineClient, **changes: Any) -> Deps:
         "model": fake_model(),
         "engine": engine,
         "max_tokens": 64,
+        "completion_tokens": 16,
         "timeout_s": 30.0,
         "created": 1_700_000_000,
         "fingerprint": "mlx-server-test",

@@ -24,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "0.0.0.0"
     port: int = 8000  # 0: any free port
     max_tokens: int = 32768
+    completion_tokens: int = 16  # the same for raw prompts: OpenAI's default, unless max_tokens is set
     api_key: str | None = None
     require_key: bool = False  # refuse to start open to other machines without a key
     rate_limit: int = 0  # requests a minute and client; 0: off

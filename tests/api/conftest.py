@@ -24,20 +24,20 @@ def post(client: falcon.testing.TestClient) -> Post:
     return post
 
 
-def strict_client(backend: Backend, **deps: Any) -> openai.OpenAI:
-    """openai's client of an app, which checks answers strictly."""
+def sdk_client(backend: Backend, *, strict: bool = True, **deps: Any) -> openai.OpenAI:
+    """openai's client of an app. `strict`: it checks answers against its types."""
     return openai.OpenAI(
         api_key="none",
         base_url="http://localhost:8000/v1",
         max_retries=0,
         http_client=httpx2.Client(transport=httpx2.WSGITransport(app=backend.app(**deps))),
-        _strict_response_validation=True,
+        _strict_response_validation=strict,
     )
 
 
 @pytest.fixture
 def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
-    with strict_client(backend) as client:
+    with sdk_client(backend) as client:
         yield client
 
 

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import BaseModel
 
-from api.conftest import strict_client
+from api.conftest import sdk_client
 from chat.test_generation_events import THINKING, OpeningTemplate
 from fake_engine import END, TIMINGS, Backend, Post, answer, endless, fake_model
 from grammars import Vocabulary
@@ -189,7 +189,7 @@ def test_a_budget_of_thoughts(backend: Backend, streamed: bool) -> None:
         return (answer("Hi.") if closed else endless)(submit)
 
     backend.engine.script = script
-    with strict_client(backend, model=fake_model(**THINKING, template=OpeningTemplate())) as sdk:
+    with sdk_client(backend, model=fake_model(**THINKING, template=OpeningTemplate())) as sdk:
         for budget, thoughts, num_reasoning in ((5, "xxxxx", 16), (1, "x", 12), (0, None, 0)):
             backend.engine.submits.clear()
             answered = ask(sdk, streamed=streamed, extra_body={"thinking_token_budget": budget})

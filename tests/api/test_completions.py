@@ -5,25 +5,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import falcon.testing
-import httpx2
 import openai
 import pytest
 from openai.types import Completion
 
+from api.conftest import sdk_client
 from fake_engine import END, Backend, answer
 from mlx_server.wire import Finished, RequestOutput, Submit, TokenLogprobs
 
 
 # Not strict: the SDK's type knows neither the null of the first token's log-probability nor that of an open choice.
 @pytest.fixture
-def sdk(backend: Backend) -> Iterator[openai.OpenAI]:
-    transport = httpx2.WSGITransport(app=backend.app())
-    with openai.OpenAI(
-        api_key="none",
-        base_url="http://localhost:8000/v1",
-        max_retries=0,
-        http_client=httpx2.Client(transport=transport),
-    ) as client:
+def lenient_sdk(backend: Backend) -> Iterator[openai.OpenAI]:
+    with sdk_client(backend, strict=False) as client:
         yield client
 
 
@@ -40,6 +34,12 @@ def test_an_answer(sdk: openai.OpenAI, backend: Backend) -> None:
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (2, 7)
     assert backend.engine.submits[0].prompt_token_ids == list(b"ab")
     assert backend.engine.submits[0].max_tokens == 16
+
+
+def test_the_servers_own_default(backend: Backend) -> None:
+    client = falcon.testing.TestClient(backend.app(completion_tokens=5), headers={"host": "localhost"})
+    assert post(client).json["choices"][0]["text"] == "Hello"
+    assert post(client, max_tokens=6).json["choices"][0]["text"] == "Hello!"
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_the_prompt_is_echoed(sdk: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-def test_the_prompt_is_scored(sdk: openai.OpenAI, max_tokens: int) -> None:
-    completion = sdk.completions.create(
+def test_the_prompt_is_scored(lenient_sdk: openai.OpenAI, max_tokens: int) -> None:
+    completion = lenient_sdk.completions.create(
         model="tiny", prompt=[[97, 98, 99]], echo=True, logprobs=1, max_tokens=max_tokens, temperature=0, seed=1234
     )
     (choice,) = completion.choices
@@ -116,10 +116,10 @@ def test_the_best_of_several(sdk: openai.OpenAI, backend: Backend) -> None:
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (1, 4)
 
 
-def test_a_stream(sdk: openai.OpenAI) -> None:
+def test_a_stream(lenient_sdk: openai.OpenAI) -> None:
     texts = ["", ""]
     chunks = list(
-        sdk.completions.create(
+        lenient_sdk.completions.create(
             model="tiny", prompt=["a", "b"], stream=True, stream_options={"include_usage": True}, stop="lo"
         )
     )

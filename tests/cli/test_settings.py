@@ -88,6 +88,13 @@ def test_a_flag_wins_over_its_variable(flag, variable, field, text, value, monke
     assert getattr(read_settings([*model, flag, text]), field) == value
 
 
+def test_max_tokens_is_the_default_of_raw_prompts_too_where_it_is_set(monkeypatch):
+    assert read_settings(["--model", "demo"]).completion_tokens == 16
+    assert read_settings(["--model", "demo", "--max-tokens", "32768"]).completion_tokens == 32768
+    monkeypatch.setenv("MLX_SERVER_MAX_TOKENS", "5")
+    assert read_settings(["--model", "demo"]).completion_tokens == 5
+
+
 @pytest.mark.parametrize(("flag", "variable", "field"), SWITCHES)
 def test_switches(flag, variable, field, monkeypatch):
     assert not getattr(read_settings(["--model", "demo"]), field)

@@ -17,6 +17,7 @@ class Deps:
     model: ServedModel
     engine: EngineClient
     max_tokens: int  # where a request names none
+    completion_tokens: int  # the same for raw prompts
     timeout_s: float
     created: int  # seconds since 1970
     fingerprint: str  # what answers can depend on beside the request: changes with the version

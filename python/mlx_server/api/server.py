@@ -128,6 +128,7 @@ class Server(BaseApplication):  # type: ignore[misc]
                 model=self._load_model(self._launch.model, settings.tool_parser),
                 engine=self.engine,
                 max_tokens=settings.max_tokens,
+                completion_tokens=settings.completion_tokens,
                 timeout_s=settings.timeout_s,
                 created=self._start_time,
                 fingerprint=f"mlx-server-{__version__}",

@@ -233,7 +233,7 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     "--max-tokens",
     "MLX_SERVER_MAX_TOKENS",
     _integer(1, _MAX_INT),
-    "Most tokens to generate when a request does not say.",
+    "Most tokens to generate when a request does not say; of raw prompts 16, unless this is set.",
 )
 @_option(
     "api_key",
@@ -316,4 +316,6 @@ def _command(**settings: Any) -> Settings:
     """
     if settings["model"] is None:
         raise click.UsageError(f"--model (or MLX_SERVER_MODEL) is not set, but must be {_MODEL_HELP}")
+    if click.get_current_context().get_parameter_source("max_tokens") is not ParameterSource.DEFAULT:
+        settings["completion_tokens"] = settings["max_tokens"]
     return Settings(**settings)

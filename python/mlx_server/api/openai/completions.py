@@ -34,7 +34,6 @@ from mlx_server.chat.types import Done, Event, PromptLogprobs, PromptProgress, T
 from mlx_server.errors import InvalidRequestError
 from mlx_server.wire import EngineInfo
 
-_DEFAULT_MAX_TOKENS = 16
 _MAX_PROMPTS = 64
 _MAX_CHOICES = 1024  # of all prompts together
 _encode = msgspec.json.encode
@@ -43,7 +42,7 @@ _TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 
 
 class CompletionBody(GenerationFields, kw_only=True):
-    """The request body. `max_tokens` is 16 where there is none, as OpenAI has it; 0 only scores the prompt."""
+    """The request body. `max_tokens` of 0 only scores the prompt."""
 
     # msgspec can't tell the types of lists apart: `_to_prompts` does.
     prompt: str | list[Any] | None = None
@@ -100,16 +99,22 @@ class Completions:
         deps = self._deps
         body = decode_body(req, resp, self._decoder, strict=deps.strict)
         deps.check_model(body.model)
-        request = to_completion_request(body, deps.model, deps.engine.info())
+        request = to_completion_request(body, deps.model, deps.engine.info(), deps.completion_tokens)
         writer = CompletionWriter(body, request, deps.fingerprint)
         respond(req, resp, deps, request, writer if body.stream else None, writer.fold)
 
 
-def to_completion_request(body: CompletionBody, model: ServedModel, info: EngineInfo) -> chat.CompletionRequest:
-    """The neutral request. InvalidRequestError for what the types alone can't tell."""
+def to_completion_request(
+    body: CompletionBody, model: ServedModel, info: EngineInfo, max_tokens: int
+) -> chat.CompletionRequest:
+    """The neutral request. InvalidRequestError for what the types alone can't tell.
+
+    Args:
+        max_tokens: where the request names none.
+    """
     generation = to_generation(body, model, info)
     generation["n"] = best_of = _to_best_of(body)
-    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = max_tokens if body.max_tokens is None else body.max_tokens
     echo = body.echo is True
     prompts = _to_prompts(body.prompt)
     if len(prompts) * best_of > _MAX_CHOICES:
