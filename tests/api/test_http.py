@@ -77,9 +77,18 @@ def test_unknown_model(client: falcon.testing.TestClient, path: str) -> None:
     assert error["param"] == "model" and "org/tiny" in error["message"]
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_root_answers(client: falcon.testing.TestClient, method: str) -> None:
-    assert client.simulate_request(method, "/").status_code == 200
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/health", "/health/ready", "/metrics", "/openapi.json", "/docs"),
+        *("/v1/models", "/v1/models/tiny", "/v1/models/x", "/v1/responses/x"),
+    ],
+)
+def test_head_is_get_without_its_body(client: falcon.testing.TestClient, path: str) -> None:
+    whole, head = client.simulate_get(path), client.simulate_head(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert head.status_code == (404 if path.endswith("x") else 200)
 
 
 def test_models_tell_their_context(backend: Backend, client: falcon.testing.TestClient) -> None:

@@ -213,6 +213,7 @@ def test_fields(fields: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content[0].text", "NUL"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type", "'web_search_20250305'"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "is missing"),
+        ({"tools": [{"name": "f", "input_schema": {"type": 5}}]}, "tools[0].input_schema.type", "must be 'object'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs `tools`"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name", "no tool 'f'"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "is missing"),

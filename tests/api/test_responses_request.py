@@ -192,6 +192,7 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
         ({"instructions": "a\0"}, "instructions"),
         ({"previous_response_id": "resp_" + "0" * 32}, "previous_response_id"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters.type"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}}, "tool_choice.tools"),
         ({"text": {"format": FORMAT | {"schema": None}}}, "text.format.schema"),

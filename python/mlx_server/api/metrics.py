@@ -21,3 +21,5 @@ class Metrics:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
         resp.text = self._deps.engine.metrics(_TIMEOUT_S)
+
+    on_head = on_get

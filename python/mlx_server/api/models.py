@@ -81,6 +81,8 @@ class Models:
         only_id = models[0].id if models else None
         resp.data = msgspec.json.encode(AnthropicModelList(data=models, first_id=only_id, last_id=only_id))
 
+    on_head = on_get
+
 
 class ModelById:
     """One model, by any name that requests may use. The name may hold slashes, encoded in the URL or not."""
@@ -95,6 +97,8 @@ class ModelById:
         resp.content_type = "application/json"
         make = _anthropic_model if speaks_anthropic(req.path, req.headers) else _model
         resp.data = msgspec.json.encode(make(self._deps, name))
+
+    on_head = on_get
 
 
 def _model(deps: Deps, name: str) -> Model:

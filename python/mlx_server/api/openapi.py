@@ -57,6 +57,8 @@ class OpenApi:
         resp.content_type = "application/json"
         resp.data = self._document
 
+    on_head = on_get
+
 
 class Docs:
     """The same as a page to read, and to try requests with."""
@@ -72,6 +74,8 @@ class Docs:
         resp.content_type = "text/html; charset=utf-8"
         resp.set_headers(_PAGE_HEADERS)
         resp.data = self._page
+
+    on_head = on_get
 
 
 def document(routes: Mapping[str, Any], *, has_key: bool) -> dict[str, Any]:

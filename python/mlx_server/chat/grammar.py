@@ -5,6 +5,7 @@ A grammar is JSON that llguidance reads: our rules in its dialect of Lark, and w
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ _BOUNDED_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
 Thoughts = Literal["none", "possible", "open"]  # before the answer; open: it begins inside of them
 
+_OUR_SOURCE = re.compile(r"^at \d+\(\d+\): |\n *\d+ \| .*", re.DOTALL)  # which llguidance quotes after its message
 _ANSWER = "answer"  # the name of the client's grammar inside ours
 _TEXT = "TEXT: /(?s:.*)/"
 
@@ -159,7 +161,7 @@ def _constrained(tool: Tool, parser: type[ToolParser], marker: Marker) -> Tool:
     else:
         constrained = msgspec.structs.replace(tool, parameters=schema)
         lark = "\n".join([f"start: {parser.lark_call(constrained, marker)}", *parser.lark_rules, _TEXT])
-        fault = _fault(_encoded([{"lark_grammar": lark}]))
+        fault = _OUR_SOURCE.sub("", _fault(_encoded([{"lark_grammar": lark}])))
         if not fault:
             return constrained
     if tool.strict:

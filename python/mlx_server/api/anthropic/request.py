@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from mlx_server.api.anthropic import types as wire
+from mlx_server.api.checks import check_parameters, refuse_nul
 from mlx_server.api.errors import THREAD_UNSUPPORTED
 from mlx_server.chat.types import ChatMessage, ChatRequest, JsonSchema, Reasoning, Tool, ToolCall, ToolChoice
 from mlx_server.errors import InvalidRequestError
@@ -77,7 +78,7 @@ def _to_system(system: str | list[wire.TextBlock] | None) -> list[ChatMessage]:
     texts = [system] if isinstance(system, str) else [block.text for block in system or []]
     texts = [text for text in texts if text and not text.startswith(_BILLING_HEADER)]
     for i, text in enumerate(texts):
-        _refuse_nul(text, f"system[{i}]")
+        refuse_nul(text, f"system[{i}]")
     return [ChatMessage(role="system", content="\n".join(texts))] if texts else []
 
 
@@ -115,10 +116,10 @@ def _to_assistant(content: str | Sequence[wire.Block], path: str) -> ChatMessage
     for i, block in enumerate([wire.TextBlock(content)] if isinstance(content, str) else content):
         match block:
             case wire.TextBlock():
-                _refuse_nul(block.text, f"{path}[{i}].text")
+                refuse_nul(block.text, f"{path}[{i}].text")
                 texts.append(block.text)
             case wire.ThinkingBlock():
-                _refuse_nul(block.thinking, f"{path}[{i}].thinking")
+                refuse_nul(block.thinking, f"{path}[{i}].thinking")
                 thoughts.append(block.thinking)
             case wire.ToolUseBlock():
                 calls.append(ToolCall(block.id, block.name, msgspec.json.encode(block.input).decode()))
@@ -157,7 +158,7 @@ def _to_user(content: str | Sequence[wire.Block], path: str, role: str) -> Itera
 def _to_tool_result(block: wire.ToolResultBlock, path: str) -> ChatMessage:
     if block.content is None or isinstance(block.content, str):
         text = block.content or ""
-        _refuse_nul(text, f"{path}.content")
+        refuse_nul(text, f"{path}.content")
     else:
         text = "\n".join(_to_text(part, f"{path}.content[{i}]") for i, part in enumerate(block.content))
     if block.is_error:
@@ -168,7 +169,7 @@ def _to_tool_result(block: wire.ToolResultBlock, path: str) -> ChatMessage:
 def _to_text(block: wire.TextBlock | wire.ImageBlock | wire.DocumentBlock | wire.SearchResultBlock, path: str) -> str:
     match block:
         case wire.TextBlock():
-            _refuse_nul(block.text, f"{path}.text")
+            refuse_nul(block.text, f"{path}.text")
             return block.text
         case wire.SearchResultBlock():
             parts = [block.title, block.source, *(text.text for text in block.content)]
@@ -178,7 +179,7 @@ def _to_text(block: wire.TextBlock | wire.ImageBlock | wire.DocumentBlock | wire
             fault = f"`{path}`: images are not supported; this model reads text."
             raise InvalidRequestError(fault, param=path, code="unsupported")
     text = "\n".join(part for part in parts if part)
-    _refuse_nul(text, path)
+    refuse_nul(text, path)
     return text
 
 
@@ -205,6 +206,7 @@ def _to_tool(tool: wire.Tool, path: str) -> Tool:
         raise InvalidRequestError(fault, param=f"{path}.type", code="unsupported")
     if tool.input_schema is None:
         raise InvalidRequestError(f"`{path}.input_schema` is missing.", param=f"{path}.input_schema")
+    check_parameters(tool.input_schema, f"{path}.input_schema")
     return Tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict is True)
 
 
@@ -245,10 +247,5 @@ def _to_stop(stop: Sequence[str]) -> list[str]:
         if not 1 <= len(text) <= _MAX_STOP_LENGTH:
             fault = f"`stop_sequences[{i}]` must have 1 to {_MAX_STOP_LENGTH} characters."
             raise InvalidRequestError(fault, param=f"stop_sequences[{i}]")
-        _refuse_nul(text, f"stop_sequences[{i}]")
+        refuse_nul(text, f"stop_sequences[{i}]")
     return list(stop)
-
-
-def _refuse_nul(text: str, path: str) -> None:
-    if "\0" in text:
-        raise InvalidRequestError(f"`{path}` holds a NUL character.", param=path)

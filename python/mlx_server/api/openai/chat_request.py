@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from mlx_server.api.checks import check_parameters, refuse_nul
 from mlx_server.api.openai import types as wire
-from mlx_server.api.openai.fields import refuse_nul, to_generation
+from mlx_server.api.openai.fields import to_generation
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import ChatMessage, ChatRequest, Reasoning, Scalar, Tool, ToolCall, ToolChoice
 from mlx_server.errors import InvalidRequestError
@@ -24,6 +25,9 @@ def to_chat_request(
     generation = to_generation(body, model, info)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        fault = "`continue_final_message` and `add_generation_prompt` can't both be true."
+        raise InvalidRequestError(fault, param="continue_final_message")
     if body.logprobs:
         sampling = msgspec.structs.replace(generation["sampling"], logprobs=body.top_logprobs or 0)
         generation["sampling"] = sampling
@@ -117,6 +121,7 @@ def _to_tool(tool: wire.ToolDefinition, path: str) -> Tool:
     if tool.function is None:
         raise InvalidRequestError(f"`{path}.function` is missing.", param=f"{path}.function")
     function = tool.function
+    check_parameters(function.parameters or {}, f"{path}.function.parameters")
     return Tool(
         name=function.name,
         description=function.description,

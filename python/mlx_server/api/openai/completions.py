@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mlx_server.api.body import decode_body
+from mlx_server.api.checks import refuse_nul
 from mlx_server.api.deps import Deps
 from mlx_server.api.errors import ErrorReply
 from mlx_server.api.openai.fields import (
@@ -19,7 +20,6 @@ from mlx_server.api.openai.fields import (
     GenerationFields,
     Progress,
     TokenId,
-    refuse_nul,
     to_generation,
     to_progress,
     to_timings,

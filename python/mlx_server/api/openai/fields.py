@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta, Struct
 
+from mlx_server.api.checks import refuse_nul
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import Choice, Done, Gbnf, Grammar, JsonSchema, Lark, PromptProgress, Regex, Usage
 from mlx_server.errors import InvalidRequestError
@@ -278,11 +279,6 @@ def _to_stop(stop: str | Sequence[str] | None) -> list[str]:
             raise InvalidRequestError(f"`{path}` must have 1 to {_MAX_STOP_LENGTH} characters.", param=path)
         refuse_nul(text, path)
     return list(stops)
-
-
-def refuse_nul(text: str, path: str) -> None:
-    if "\0" in text:
-        raise InvalidRequestError(f"`{path}` holds a NUL character.", param=path)
 
 
 # --- Structured output ---

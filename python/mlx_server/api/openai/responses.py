@@ -91,6 +91,8 @@ class ResponseById:
         resp.content_type = "application/json"
         resp.data = bytes(stored.response)
 
+    on_head = on_get
+
     def on_delete(self, req: falcon.Request, resp: falcon.Response, response_id: str) -> None:
         if self._store is None or not self._store.delete(response_id):
             raise _not_found(response_id)

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from mlx_server.api.checks import check_parameters, refuse_nul
 from mlx_server.api.openai import responses_types as wire
-from mlx_server.api.openai.fields import GenerationFields, refuse_nul, to_generation
+from mlx_server.api.openai.fields import GenerationFields, to_generation
 from mlx_server.api.openai.responses_store import ResponseStore
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import ChatMessage, ChatRequest, JsonSchema, Reasoning, Tool, ToolCall, ToolChoice
@@ -200,6 +201,7 @@ def _missing(path: str) -> InvalidRequestError:
 def _to_tool(tool: wire.ResponsesTool, path: str) -> Tool:
     if tool.name is None:
         raise _missing(f"{path}.name")
+    check_parameters(tool.parameters or {}, f"{path}.parameters")
     return Tool(
         name=tool.name,
         description=tool.description,
