@@ -46,7 +46,9 @@ def engine(model: str, status: StatusPipe, run_dir: Path, memory_share: float) -
         status.send(Ready({"Context": "7 tokens", "Memory": f"{memory_share} of it"}))
     if model == "hungry" and memory_share == 1:
         os.abort()
-    if model == "hungry" and memory_share > 1 / 8:
+    if model == "hungry" and memory_share == 1 / 2:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if model == "hungry" and memory_share == 1 / 4:
         os._exit(EXIT_OUT_OF_MEMORY)
     if model == "hang":
         faulthandler.register(STACKS_SIGNAL)

@@ -199,16 +199,15 @@ def test_a_child_that_dies_is_started_again(name):
 
 
 def test_an_engine_that_runs_out_of_memory_gets_less():
-    """It is aborted, says twice that memory ran out, and is killed from outside; then there is no less."""
+    """However it dies; after a while there is no less."""
     with start("hungry") as server:
         until(lambda: "ready again: Context 7 tokens, Memory 0.125 of it" in server.err, "the least memory")
         assert shares(server) == ["0.5", "0.25", "0.125"]
-        assert "signal SIGABRT (perhaps memory ran out)" in server.err
-        assert "exit code 3 (perhaps memory ran out)" in server.err
         server.child("engine").kill()
         until(lambda: len(shares(server)) == 4, "what it may use then")
-        assert "signal SIGKILL (perhaps memory ran out)" in server.err
         assert shares(server)[3] == "0.125"
+        ends = re.findall(r"the engine process ended with (.*) \(perhaps memory ran out\)", server.err)
+        assert ends == ["signal SIGABRT", "signal SIGSEGV", "exit code 3", "signal SIGKILL"]
 
 
 def shares(server: ServerProcess) -> list[str]:

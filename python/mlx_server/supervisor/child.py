@@ -18,6 +18,9 @@ _ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: a CPU reads all weights for each token, 10% faster so
 }
 
+# The system kills it, an exception in a thread of MLX's aborts it, MLX's allocator for CPUs gives a null pointer.
+_OUT_OF_MEMORY = (status.EXIT_OUT_OF_MEMORY, -signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV)
+
 
 class Child:
     """A process in a session of its own, so that a terminal's Ctrl-C reaches only the supervisor.
@@ -44,9 +47,9 @@ class Child:
 
     @property
     def may_have_run_out_of_memory(self) -> bool:
-        """It said so at its end, or it was aborted, as where an exception can't go further, or killed by another."""
+        """It said so at its end, or died as processes do then, and not because the supervisor killed it."""
         code = self._process.returncode
-        return code in (status.EXIT_OUT_OF_MEMORY, -signal.SIGABRT) or (code == -signal.SIGKILL and not self._is_killed)
+        return code in _OUT_OF_MEMORY and not (code == -signal.SIGKILL and self._is_killed)
 
     async def events(self) -> AsyncIterator[status.Event]:
         """What the child says of its state, until it ends."""
