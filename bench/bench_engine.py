@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
-from completers import Complete, mlx_lm, ours
+from bench.completers import Complete, mlx_lm, ours
 from mlx import nn
 
 from mlx_server.checkpoint.gguf import read_gguf

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from completers import Complete, mlx_lm, ours
+from bench.completers import Complete, mlx_lm, ours
 from mlx import nn
 from mlx.utils import tree_flatten
 
