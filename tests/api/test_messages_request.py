@@ -17,6 +17,10 @@ TOOL = {"name": "weather", "description": "Tells the weather", "input_schema": S
 USE = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Paris"}}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 
+BILLING = {"type": "text", "text": "x-anthropic-billing-header: cch=1;"}
+TEXT = {"type": "text", "text": "a"}
+NUL = {"type": "text", "text": "a\0"}
+
 
 def translate(**fields: Any) -> ChatRequest:
     body = {"model": "default", "max_tokens": 64, "messages": HELLO} | fields
@@ -43,7 +47,7 @@ def user(text: str) -> ChatMessage:
         ),
         ({"system": ""}, [user("Hello")]),
         (
-            {"system": [{"type": "text", "text": "x-anthropic-billing-header: cch=1;"}, {"type": "text", "text": "b"}]},
+            {"system": [BILLING, {"type": "text", "text": "b"}]},
             [ChatMessage(role="system", content="b"), user("Hello")],
         ),
         ({"messages": [*HELLO, {"role": "user", "content": "again"}]}, [user("Hello\nagain")]),
@@ -210,7 +214,10 @@ def test_fields(fields: dict[str, Any], expected: dict[str, Any]) -> None:
             "messages",
             "results (`tool_result`) are missing",
         ),
-        ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content[0].text", "NUL"),
+        ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL"),
+        ({"messages": [{"role": "user", "content": [TEXT, NUL]}]}, "messages[0].content[1].text", "NUL"),
+        ({"system": "a\0"}, "system", "NUL"),
+        ({"system": [BILLING, NUL]}, "system[1].text", "NUL"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type", "'web_search_20250305'"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "is missing"),
         ({"tools": [{"name": "f", "input_schema": {"type": 5}}]}, "tools[0].input_schema.type", "must be 'object'"),

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from mlx_server.chat.types import ChatMessage, Tool, ToolCall
 
 _MISTRAL_ID_LENGTH = 9
@@ -21,6 +23,17 @@ class TemplateTraits(Protocol):
     @property
     def variables(self) -> frozenset[str]:
         """What the templates read."""
+
+
+def joined(first: ChatMessage, second: ChatMessage) -> ChatMessage:
+    """Two messages of one role, the second behind the first, as one."""
+    thoughts = [text for text in (first.reasoning_content, second.reasoning_content) if text]
+    return msgspec.structs.replace(
+        first,
+        content="\n".join(text for text in (first.content, second.content) if text),
+        reasoning_content="\n".join(thoughts) or None,
+        tool_calls=first.tool_calls + second.tool_calls,
+    )
 
 
 def template_messages(

@@ -8,6 +8,7 @@ import msgspec
 from mlx_server.api.anthropic import types as wire
 from mlx_server.api.checks import check_parameters, refuse_nul
 from mlx_server.api.errors import THREAD_UNSUPPORTED
+from mlx_server.chat.messages import joined
 from mlx_server.chat.types import ChatMessage, ChatRequest, JsonSchema, Reasoning, Tool, ToolCall, ToolChoice
 from mlx_server.errors import InvalidRequestError
 from mlx_server.sampling_params import SamplingParams
@@ -75,10 +76,12 @@ def _check_unsupported(body: wire.CountTokensRequest) -> None:
 
 
 def _to_system(system: str | list[wire.TextBlock] | None) -> list[ChatMessage]:
-    texts = [system] if isinstance(system, str) else [block.text for block in system or []]
-    texts = [text for text in texts if text and not text.startswith(_BILLING_HEADER)]
-    for i, text in enumerate(texts):
-        refuse_nul(text, f"system[{i}]")
+    if isinstance(system, str):
+        refuse_nul(system, "system")
+        system = [wire.TextBlock(system)]
+    for i, block in enumerate(system or []):
+        refuse_nul(block.text, f"system[{i}].text")
+    texts = [block.text for block in system or [] if block.text and not block.text.startswith(_BILLING_HEADER)]
     return [ChatMessage(role="system", content="\n".join(texts))] if texts else []
 
 
@@ -87,26 +90,18 @@ def _to_messages(turns: Iterable[wire.Turn]) -> list[ChatMessage]:
     messages: list[ChatMessage] = []
     for i, turn in enumerate(turns):
         path = f"messages[{i}].content"
+        if isinstance(turn.content, str):
+            refuse_nul(turn.content, path)
         if turn.role == "assistant":
             parts: Iterable[ChatMessage] = [_to_assistant(turn.content, path)]
         else:
             parts = _to_user(turn.content, path, turn.role)
         for message in parts:
             if messages and messages[-1].role == message.role and message.role != "tool":
-                messages[-1] = _merge(messages[-1], message)
+                messages[-1] = joined(messages[-1], message)
             else:
                 messages.append(message)
     return messages
-
-
-def _merge(first: ChatMessage, second: ChatMessage) -> ChatMessage:
-    reasoning = [text for text in (first.reasoning_content, second.reasoning_content) if text]
-    return msgspec.structs.replace(
-        first,
-        content="\n".join(text for text in (first.content, second.content) if text),
-        reasoning_content="\n".join(reasoning) or None,
-        tool_calls=first.tool_calls + second.tool_calls,
-    )
 
 
 def _to_assistant(content: str | Sequence[wire.Block], path: str) -> ChatMessage:

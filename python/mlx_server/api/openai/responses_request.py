@@ -8,6 +8,7 @@ from mlx_server.api.checks import check_parameters, refuse_nul
 from mlx_server.api.openai import responses_types as wire
 from mlx_server.api.openai.fields import GenerationFields, to_generation
 from mlx_server.api.openai.responses_store import ResponseStore
+from mlx_server.chat.messages import joined
 from mlx_server.chat.served_model import ServedModel
 from mlx_server.chat.types import ChatMessage, ChatRequest, JsonSchema, Reasoning, Tool, ToolCall, ToolChoice
 from mlx_server.errors import InvalidRequestError
@@ -126,20 +127,10 @@ def _to_messages(items: Iterable[wire.InputItem], start: int) -> list[ChatMessag
     for i, item in enumerate(items, start):
         message = _to_message(item, f"input[{i}]")
         if message.role == "assistant" and messages and messages[-1].role == "assistant":
-            messages[-1] = _merge(messages[-1], message)
+            messages[-1] = joined(messages[-1], message)
         else:
             messages.append(message)
     return [message for message in messages if message.role != "assistant" or message.content or message.tool_calls]
-
-
-def _merge(first: ChatMessage, second: ChatMessage) -> ChatMessage:
-    thoughts = [text for text in (first.reasoning_content, second.reasoning_content) if text]
-    return msgspec.structs.replace(
-        first,
-        content="\n".join(text for text in (first.content, second.content) if text),
-        reasoning_content="\n".join(thoughts) or None,
-        tool_calls=first.tool_calls + second.tool_calls,
-    )
 
 
 def _to_message(item: wire.InputItem, path: str) -> ChatMessage:
