@@ -11,6 +11,7 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "linear/linear_gpu.h"
 #include "linear/weight_form.h"
 
 namespace mlx_server {
@@ -129,7 +130,10 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
     }
     return launch(x, *form, std::move(matrix), stream);
   }
-  const auto y = mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, stream);
+  const auto y =
+      stream.device == mx::Device::gpu
+          ? quantized_linear_gpu(x, weight, scales, biases, group_size, bits, mode, stream)
+          : mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, stream);
   return mx::astype(y, x.dtype(), stream);
 }
 

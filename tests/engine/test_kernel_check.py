@@ -121,6 +121,7 @@ def test_a_models_ops_agree_with_their_references(caplog, name, kv_bits):
     names = {case.name for case in cases}
     assert {"attention (decode)", "attention (prefill)", "sampling", "sampling with penalties and a mask"} <= names
     assert ("an 8-bit KV cache" in names) == (kv_bits == 8)
+    assert ("linear (decode of 1)" in names) == ("4bit" in name)
     assert ("experts (prefill)" in names) == ("qwen3_moe" in name or "qwen3_next" in name)
     assert ("gated delta (prefill)" in names) == ("qwen3_next" in name)
 

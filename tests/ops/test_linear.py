@@ -108,6 +108,26 @@ def test_half_precision(dtype: mx.Dtype, tolerance: float) -> None:
     assert Weight((weight.arrays[0], scales, biases), 32, 4).linear(make_x(5, 64)).dtype == mx.float32
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 130])
+def test_everything_in_half_precision(rows: int, bits: int) -> None:
+    """As models compute on GPUs, where the number of rows chooses the kernel."""
+    weight = make_weight(75, 192, 64, bits)
+    scales, biases = (a.astype(mx.float16) for a in weight.arrays[1:])
+    weight = Weight((weight.arrays[0], scales, biases), 64, bits)
+    x = make_x(rows, 192).astype(mx.float16)
+    assert_close(weight.linear(x), weight.oracle(x), 1e-2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the CPU's kernels promise it for all rows, see above")
+def test_few_rows_do_not_depend_on_each_other_on_a_gpu() -> None:
+    weight, x = make_weight(70, 2112, 64), make_x(8, 2112).astype(mx.bfloat16)
+    arrays = weight.arrays[0], *(a.astype(mx.bfloat16) for a in weight.arrays[1:])
+    together = quantized_linear(x, *arrays, group_size=64, bits=4)
+    for row in range(8):
+        assert mx.array_equal(quantized_linear(x[row : row + 1], *arrays, group_size=64, bits=4)[0], together[row])
+
+
 FLOAT_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 

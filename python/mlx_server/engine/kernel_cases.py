@@ -5,12 +5,14 @@ The model itself says what its layers ask for: it is called, lazily, with a cont
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_server.engine.kernel_check import Check
 from mlx_server.models.base import KVSpec, Model, StateSpec
+from mlx_server.models.layers import QuantizedMatrix
 from mlx_server.models.moe import SparseMoE
 from mlx_server.ops import fallbacks
 from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, pool_arrays, write_kv
@@ -21,6 +23,7 @@ from mlx_server.ops.sampling import SampleTables, make_rows, sample, sample_fall
 BLOCK_SIZE = 16
 ATTENTION_ROWS = {"decode": [(1, 37), (1, 300)], "prefill": [(40, 40), (24, 290)]}  # queries and context of each row
 STATE_ROWS = {"decode": [1, 1], "prefill": [70, 20]}  # tokens of each row
+LINEAR_TOKENS = {"decode of 1": 1, "decode of 3": 3, "decode of 8": 8}
 SAMPLED_TOP = 20  # log-probabilities
 
 
@@ -97,6 +100,8 @@ def kernel_cases(model: Model, kv_bits: int | None) -> Iterator[Check]:
     if notes.state is not None and model.state_spec is not None:
         for name, query_lens in STATE_ROWS.items():
             yield state_case(f"gated delta ({name})", model.state_spec, notes.state, query_lens)
+    for matrix in {(m.weight.shape, m.quantization): m for m in model.quantized}.values():
+        yield from linear_cases(matrix)
     for block in {_form(block): block for block in model.sparse_blocks}.values():
         yield from block_cases(block, model.kv_spec.dtype)
     yield sampling_case("sampling", model.vocab_size, adjusted=False)
@@ -184,6 +189,23 @@ def state_case(name: str, spec: StateSpec, call: StateCall, query_lens: list[int
         )
 
     return Check(name, lambda: compute(gated_delta), lambda: compute(fallbacks.gated_delta_fallback))
+
+
+def linear_cases(matrix: QuantizedMatrix) -> Iterator[Check]:
+    """Of few tokens: many are MLX's."""
+    group_size, bits, mode = matrix.quantization.group_size, matrix.quantization.bits, matrix.quantization.mode
+    num_columns = matrix.weight.shape[1] * 32 // bits
+
+    def case(name: str, num_tokens: int) -> Check:
+        x = normal((num_tokens, num_columns), matrix.dtype)
+        arrays = matrix.weight, matrix.scales, matrix.biases
+        return Check(
+            f"linear ({name})",
+            lambda: [matrix.linear(x)],
+            lambda: [mx.quantized_matmul(x, *arrays, group_size=group_size, bits=bits, mode=mode)],
+        )
+
+    return starmap(case, LINEAR_TOKENS.items())
 
 
 def routing_case(name: str, block: SparseMoE, logits: mx.array) -> Check:

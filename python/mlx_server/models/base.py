@@ -7,6 +7,7 @@ import mlx.core as mx
 import msgspec
 
 if TYPE_CHECKING:
+    from mlx_server.models.layers import QuantizedMatrix
     from mlx_server.models.moe import SparseMoE
 
 
@@ -121,6 +122,11 @@ class Model(Protocol):
     @property
     def sparse_blocks(self) -> "Sequence[SparseMoE]":
         """The mixtures of experts, layer by layer."""
+        ...
+
+    @property
+    def quantized(self) -> "Sequence[QuantizedMatrix]":
+        """The quantized matrices of linear layers and embeddings."""
         ...
 
     @property

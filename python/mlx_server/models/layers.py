@@ -82,6 +82,7 @@ def take_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | Q
         return Matrix(weights.take("weight", (num_rows, num_columns)))
     matrix = QuantizedMatrix(weights, num_rows, num_columns, quantization)
     if is_computable(quantization, weights.dtype):
+        weights.quantized.append(matrix)
         return matrix
     dense = matrix.dense()
     weights.taken.append(dense)
@@ -252,6 +253,7 @@ class CausalLM:
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
         self.state_spec: StateSpec | None = None
         self.sparse_blocks: Sequence[SparseMoE] = []
+        self.quantized: Sequence[QuantizedMatrix] = weights.quantized
         self.context_length = rope.parameters.context_length(args.max_position_embeddings)
         self.vocab_size = args.vocab_size
 

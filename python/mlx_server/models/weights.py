@@ -1,9 +1,14 @@
 """A checkpoint's tensors on their way into a model."""
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.quantize import Quantization, QuantizationPlan
+
+if TYPE_CHECKING:
+    from mlx_server.models.layers import QuantizedMatrix
 
 
 class Weights:
@@ -20,17 +25,20 @@ class Weights:
         dtype: mx.Dtype,
         prefix: str = "",
         taken: list[mx.array] | None = None,
+        quantized: "list[QuantizedMatrix] | None" = None,
     ) -> None:
         self.source = source  # begins each error message: the model's path
         self.dtype = dtype
         self.taken = [] if taken is None else taken
+        self.quantized = [] if quantized is None else quantized  # the matrices made of what was taken
         self._tensors = tensors
         self._plan = plan
         self._prefix = prefix
 
     def at(self, name: str) -> "Weights":
         """The tensors whose names go on with `name` and a dot."""
-        return Weights(self.source, self._tensors, self._plan, self.dtype, f"{self._prefix}{name}.", self.taken)
+        prefix = f"{self._prefix}{name}."
+        return Weights(self.source, self._tensors, self._plan, self.dtype, prefix, self.taken, self.quantized)
 
     @property
     def name(self) -> str:
