@@ -123,6 +123,6 @@ def bench_shape(benchmark, complete, peer, num_streams, prompt_tokens, answer_to
     def setup():
         return (rng.integers(1000, 120_000, (num_streams, prompt_tokens)).tolist(), answer_tokens), {}
 
-    benchmark.pedantic(complete, setup=setup, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(complete, setup=setup, rounds=2, warmup_rounds=1)
     num_tokens = num_streams * (prompt_tokens + answer_tokens - 1)
     benchmark.extra_info["tokens_per_s"] = round(num_tokens / benchmark.stats.stats.min, 1)

@@ -45,6 +45,8 @@ float log(float);
 float rsqrt(float);
 namespace precise {
 float tanh(float);
+float cos(float);
+float sin(float);
 }
 float abs(float);
 int abs(int);

@@ -26,6 +26,18 @@ void bind_elementwise(nb::module_& m) {
         return rope(x, positions, freqs, traditional);
       },
       nb::arg("x"), nb::arg("positions"), nb::arg("freqs"), nb::kw_only(), nb::arg("traditional"));
+  m.def(
+      "silu_mul_fallback", [](const array& gate, const array& up) { return silu_mul_fallback(gate, up); },
+      nb::arg("gate"), nb::arg("up"));
+  m.def(
+      "gelu_mul_fallback", [](const array& gate, const array& up) { return gelu_mul_fallback(gate, up); },
+      nb::arg("gate"), nb::arg("up"));
+  m.def(
+      "rope_fallback",
+      [](const array& x, const array& positions, const array& freqs, bool traditional) {
+        return rope_fallback(x, positions, freqs, traditional);
+      },
+      nb::arg("x"), nb::arg("positions"), nb::arg("freqs"), nb::kw_only(), nb::arg("traditional"));
 }
 
 }  // namespace mlx_server

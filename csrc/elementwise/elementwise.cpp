@@ -1,6 +1,7 @@
 #include "elementwise/elementwise.h"
 
 #include <memory>
+#include <string_view>
 #include <utility>
 
 #include <mlx/allocator.h>
@@ -12,6 +13,9 @@
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
 #include "elementwise/elementwise_cpu.h"
+#include "kernel_sources.h"
+#include "kernels/kernel_use.h"
+#include "kernels/launch.h"
 
 namespace mlx_server {
 
@@ -131,30 +135,38 @@ void check_gated(const char* op, const mx::array& gate, const mx::array& up) {
   }
 }
 
-mx::array gelu_fallback(const mx::array& gate, mx::Stream s) {
-  const mx::array x = mx::astype(gate, mx::float32, s);
-  const mx::array cubed = mx::multiply(mx::multiply(x, x, s), x, s);
-  const mx::array inner = mx::add(x, mx::multiply(cubed, mx::array(0.044715f), s), s);
-  const mx::array share = mx::sigmoid(mx::multiply(inner, mx::array(1.5957691216f), s), s);  // 2 * sqrt(2 / pi)
-  return mx::astype(mx::multiply(x, share, s), gate.dtype(), s);
+constexpr int kThreads = 128;
+
+int groups(std::size_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
+
+bool has_gpu_kernel(const mx::array& x, const mx::Stream& stream, std::string_view name) {
+  return stream.device == mx::Device::gpu && x.size() > 0 && x.size() < (std::size_t{1} << 31) && are_enabled({name});
 }
 
-mx::array rope_fallback(const mx::array& x, const mx::array& positions, const mx::array& freqs, bool traditional,
-                        mx::Stream s) {
-  const int tokens = x.shape(0), heads = x.shape(1), d = x.shape(2), half = freqs.shape(0);
-  const mx::array turns = mx::reshape(mx::astype(positions, mx::float32, s), {tokens, 1, 1}, s);
-  const mx::array angles = mx::divide(turns, freqs, s);  // [T, 1, R / 2]
-  const mx::array cosines = mx::cos(angles, s), sines = mx::sin(angles, s);
-  const mx::array rotated = mx::astype(mx::slice(x, {0, 0, 0}, {tokens, heads, 2 * half}, s), mx::float32, s);
-  const int pair_axis = traditional ? 3 : 2;
-  const mx::Shape pairs = traditional ? mx::Shape{tokens, heads, half, 2} : mx::Shape{tokens, heads, 2, half};
-  const auto both = mx::split(mx::reshape(rotated, pairs, s), 2, pair_axis, s);
-  const mx::array a = mx::squeeze(both[0], pair_axis, s), b = mx::squeeze(both[1], pair_axis, s);  // [T, H, R / 2]
-  const mx::array turned = mx::stack({mx::subtract(mx::multiply(a, cosines, s), mx::multiply(b, sines, s), s),
-                                      mx::add(mx::multiply(a, sines, s), mx::multiply(b, cosines, s), s)},
-                                     pair_axis, s);
-  const mx::array y = mx::astype(mx::reshape(turned, rotated.shape(), s), x.dtype(), s);
-  return mx::concatenate({y, mx::slice(x, {0, 0, 2 * half}, {tokens, heads, d}, s)}, 2, s);
+mx::array gated_mul_gpu(const mx::array& gate, const mx::array& up, bool is_gelu, mx::Stream s) {
+  const int size = static_cast<int>(gate.size());
+  const auto y = launch(kernel_sources::gated_mul,
+                        {.inputs = {mx::reshape(gate, {size}, s), mx::reshape(up, {size}, s)},
+                         .output_shapes = {{size}},
+                         .output_dtypes = {gate.dtype()},
+                         .constants = {{"T", gate.dtype()}, {"IS_GELU", is_gelu ? 1 : 0}},
+                         .groups = {groups(gate.size()), 1, 1},
+                         .threads = kThreads},
+                        s);
+  return mx::reshape(y[0], gate.shape(), s);
+}
+
+mx::array rope_gpu(const mx::array& x, const mx::array& positions, const mx::array& freqs, bool traditional,
+                   mx::Stream s) {
+  const std::size_t turns = static_cast<std::size_t>(x.shape(2) - freqs.shape(0));
+  return launch(kernel_sources::rope,
+                {.inputs = {x, positions, freqs},
+                 .output_shapes = {x.shape()},
+                 .output_dtypes = {x.dtype()},
+                 .constants = {{"T", x.dtype()}, {"TRADITIONAL", traditional ? 1 : 0}},
+                 .groups = {groups(static_cast<std::size_t>(x.shape(0)) * x.shape(1) * turns), 1, 1},
+                 .threads = kThreads},
+                s)[0];
 }
 
 }  // namespace
@@ -168,6 +180,9 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, mx::S
              weight.shape());
   }
   const mx::Stream stream = mx::to_stream(s);
+  if (x.size() == 0) {  // MLX's CUDA kernel can't be launched for it
+    return x;
+  }
   if (!has_kernel(x, stream) || weight.dtype() != mx::float32) {
     return mx::astype(mx::fast::rms_norm(x, weight, eps, stream), x.dtype(), stream);
   }
@@ -177,8 +192,11 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, mx::S
 mx::array silu_mul(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
   check_gated("silu_mul", gate, up);
   const mx::Stream stream = mx::to_stream(s);
+  if (has_gpu_kernel(gate, stream, "gated_mul")) {
+    return gated_mul_gpu(gate, up, false, stream);
+  }
   if (!has_kernel(gate, stream)) {
-    return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, stream), stream), up, stream);
+    return silu_mul_fallback(gate, up, stream);
   }
   return mx::array(gate.shape(), mx::float32, std::make_shared<GatedMulPrimitive>(stream, false), {gate, up});
 }
@@ -186,8 +204,11 @@ mx::array silu_mul(const mx::array& gate, const mx::array& up, mx::StreamOrDevic
 mx::array gelu_mul(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
   check_gated("gelu_mul", gate, up);
   const mx::Stream stream = mx::to_stream(s);
+  if (has_gpu_kernel(gate, stream, "gated_mul")) {
+    return gated_mul_gpu(gate, up, true, stream);
+  }
   if (!has_kernel(gate, stream)) {
-    return mx::multiply(gelu_fallback(gate, stream), up, stream);
+    return gelu_mul_fallback(gate, up, stream);
   }
   return mx::array(gate.shape(), mx::float32, std::make_shared<GatedMulPrimitive>(stream, true), {gate, up});
 }
@@ -205,10 +226,43 @@ mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& 
              freqs.shape());
   }
   const mx::Stream stream = mx::to_stream(s);
+  if (has_gpu_kernel(x, stream, "rope")) {
+    return rope_gpu(x, positions, freqs, traditional, stream);
+  }
   if (!has_kernel(x, stream)) {
     return rope_fallback(x, positions, freqs, traditional, stream);
   }
   return mx::array(x.shape(), mx::float32, std::make_shared<RopePrimitive>(stream, traditional), {x, positions, freqs});
+}
+
+mx::array silu_mul_fallback(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
+  return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, s), s), up, s);
+}
+
+mx::array gelu_mul_fallback(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
+  const mx::array x = mx::astype(gate, mx::float32, s);
+  const mx::array cubed = mx::multiply(mx::multiply(x, x, s), x, s);
+  const mx::array inner = mx::add(x, mx::multiply(cubed, mx::array(0.044715f), s), s);
+  const mx::array share = mx::sigmoid(mx::multiply(inner, mx::array(1.5957691216f), s), s);  // 2 * sqrt(2 / pi)
+  return mx::multiply(mx::astype(mx::multiply(x, share, s), gate.dtype(), s), up, s);
+}
+
+mx::array rope_fallback(const mx::array& x, const mx::array& positions, const mx::array& freqs, bool traditional,
+                        mx::StreamOrDevice s) {
+  const int tokens = x.shape(0), heads = x.shape(1), d = x.shape(2), half = freqs.shape(0);
+  const mx::array turns = mx::reshape(mx::astype(positions, mx::float32, s), {tokens, 1, 1}, s);
+  const mx::array angles = mx::divide(turns, freqs, s);  // [T, 1, R / 2]
+  const mx::array cosines = mx::cos(angles, s), sines = mx::sin(angles, s);
+  const mx::array rotated = mx::astype(mx::slice(x, {0, 0, 0}, {tokens, heads, 2 * half}, s), mx::float32, s);
+  const int pair_axis = traditional ? 3 : 2;
+  const mx::Shape pairs = traditional ? mx::Shape{tokens, heads, half, 2} : mx::Shape{tokens, heads, 2, half};
+  const auto both = mx::split(mx::reshape(rotated, pairs, s), 2, pair_axis, s);
+  const mx::array a = mx::squeeze(both[0], pair_axis, s), b = mx::squeeze(both[1], pair_axis, s);  // [T, H, R / 2]
+  const mx::array turned = mx::stack({mx::subtract(mx::multiply(a, cosines, s), mx::multiply(b, sines, s), s),
+                                      mx::add(mx::multiply(a, sines, s), mx::multiply(b, cosines, s), s)},
+                                     pair_axis, s);
+  const mx::array y = mx::astype(mx::reshape(turned, rotated.shape(), s), x.dtype(), s);
+  return mx::concatenate({y, mx::slice(x, {0, 0, 2 * half}, {tokens, heads, d}, s)}, 2, s);
 }
 
 }  // namespace mlx_server

@@ -22,4 +22,12 @@ mlx::core::array gelu_mul(const mlx::core::array& gate, const mlx::core::array& 
 mlx::core::array rope(const mlx::core::array& x, const mlx::core::array& positions, const mlx::core::array& freqs,
                       bool traditional, mlx::core::StreamOrDevice s = {});
 
+// The same in MLX's own ops, on any device.
+mlx::core::array silu_mul_fallback(const mlx::core::array& gate, const mlx::core::array& up,
+                                   mlx::core::StreamOrDevice s = {});
+mlx::core::array gelu_mul_fallback(const mlx::core::array& gate, const mlx::core::array& up,
+                                   mlx::core::StreamOrDevice s = {});
+mlx::core::array rope_fallback(const mlx::core::array& x, const mlx::core::array& positions,
+                               const mlx::core::array& freqs, bool traditional, mlx::core::StreamOrDevice s = {});
+
 }  // namespace mlx_server

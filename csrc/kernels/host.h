@@ -202,6 +202,8 @@ inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x
 #define LOG(x) std::log(x)
 #define RSQRT(x) (1 / std::sqrt(x))
 #define TANH(x) std::tanh(x)
+#define COS(x) std::cos(x)
+#define SIN(x) std::sin(x)
 #define AS_FLOAT(bits) std::bit_cast<float>(bits)
 #define AS_INT(x) std::bit_cast<int>(x)
 #define COUNTER std::atomic<std::uint32_t>

@@ -19,6 +19,8 @@ namespace {
 constexpr int kFewRows = 8;
 constexpr int kManyRows = 128;
 
+constexpr int kMlxColumns = 32;  // MLX's kernels take multiples of it, or of less
+
 constexpr int kThreads = 128;
 constexpr int kColumns = 4;  // of a simdgroup
 
@@ -38,28 +40,26 @@ int split(int n, int k) {
   return split;
 }
 
+// x [rows, K] -> [rows, N]
 mx::array decode(const mx::array& x, const mx::array& weight, const mx::array& scales, const mx::array& biases,
                  int group_size, int bits, mx::Stream s) {
-  const int k = x.shape(-1), n = weight.shape(0), rows = static_cast<int>(x.size() / k);
+  const int rows = x.shape(0), k = x.shape(1), n = weight.shape(0);
   const int group_columns = kColumns * kThreads / 32 / split(n, k);
-  mx::Shape shape = x.shape();
-  shape.back() = n;
-  const auto y = launch(kernel_sources::linear_decode,
-                        {.inputs = {mx::reshape(x, {rows, k}, s), weight, scales, biases},
-                         .output_shapes = {{rows, n}},
-                         .output_dtypes = {x.dtype()},
-                         .constants = {{"T", x.dtype()},
-                                       {"BITS", bits},
-                                       {"GROUP_SIZE", group_size},
-                                       {"ROWS", rows == 1   ? 1
-                                                : rows <= 4 ? 4
-                                                            : 8},
-                                       {"COLUMNS", kColumns},
-                                       {"SPLIT", split(n, k)}},
-                         .groups = {(n + group_columns - 1) / group_columns, 1, 1},
-                         .threads = kThreads},
-                        s);
-  return mx::reshape(y[0], shape, s);
+  return launch(kernel_sources::linear_decode,
+                {.inputs = {x, weight, scales, biases},
+                 .output_shapes = {{rows, n}},
+                 .output_dtypes = {x.dtype()},
+                 .constants = {{"T", x.dtype()},
+                               {"BITS", bits},
+                               {"GROUP_SIZE", group_size},
+                               {"ROWS", rows == 1   ? 1
+                                        : rows <= 4 ? 4
+                                                    : 8},
+                               {"COLUMNS", kColumns},
+                               {"SPLIT", split(n, k)}},
+                 .groups = {(n + group_columns - 1) / group_columns, 1, 1},
+                 .threads = kThreads},
+                s)[0];
 }
 
 }  // namespace
@@ -72,15 +72,24 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
     shape.back() = weight.shape(0);
     return mx::zeros(shape, x.dtype(), s);
   }
-  const auto rows = static_cast<int>(x.size() / x.shape(-1));
-  if (mx::cu::is_available() && rows <= kFewRows && has_decode_kernel(x, scales, group_size, bits, mode)) {
-    return decode(x, weight, scales, *biases, group_size, bits, s);
+  const int k = x.shape(-1), n = weight.shape(0), rows = static_cast<int>(x.size() / k);
+  if (!mx::cu::is_available()) {
+    return mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
   }
-  if (mx::cu::is_available() && rows >= kManyRows && x.dtype().size() == 2) {
-    const auto dense = mx::dequantize(weight, scales, biases, group_size, bits, mode, std::nullopt, x.dtype(), s);
-    return mx::matmul(x, mx::transpose(dense, s), s);
-  }
-  return mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
+  const mx::array flat = mx::reshape(x, {rows, k}, s);
+  const auto multiply = [&] {
+    if (rows <= kFewRows && has_decode_kernel(x, scales, group_size, bits, mode)) {
+      return decode(flat, weight, scales, *biases, group_size, bits, s);
+    }
+    if ((rows >= kManyRows && x.dtype().size() == 2) || n % kMlxColumns != 0) {
+      const auto dense = mx::dequantize(weight, scales, biases, group_size, bits, mode, std::nullopt, x.dtype(), s);
+      return mx::matmul(flat, mx::transpose(dense, s), s);
+    }
+    return mx::quantized_matmul(flat, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
+  };
+  mx::Shape shape = x.shape();
+  shape.back() = n;
+  return mx::reshape(multiply(), shape, s);
 }
 
 }  // namespace mlx_server

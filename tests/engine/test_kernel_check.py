@@ -119,7 +119,15 @@ def test_a_models_ops_agree_with_their_references(caplog, name, kv_bits):
     check_kernels(cases)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     names = {case.name for case in cases}
-    assert {"attention (decode)", "attention (prefill)", "sampling", "sampling with penalties and a mask"} <= names
+    assert {
+        "silu",
+        "gelu",
+        "rope",
+        "attention (decode)",
+        "attention (prefill)",
+        "sampling",
+        "sampling with penalties and a mask",
+    } <= names
     assert ("an 8-bit KV cache" in names) == (kv_bits == 8)
     assert ("linear (decode of 1)" in names) == ("4bit" in name)
     assert ("experts (prefill)" in names) == ("qwen3_moe" in name or "qwen3_next" in name)

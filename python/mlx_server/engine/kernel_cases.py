@@ -15,9 +15,11 @@ from mlx_server.models.base import KVSpec, Model, StateSpec
 from mlx_server.models.layers import QuantizedMatrix
 from mlx_server.models.moe import SparseMoE
 from mlx_server.ops import fallbacks
+from mlx_server.ops.activation import gelu_mul, silu_mul
 from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, pool_arrays, write_kv
 from mlx_server.ops.gated_delta import gated_delta
 from mlx_server.ops.moe import moe_mlp, route
+from mlx_server.ops.rope import rope
 from mlx_server.ops.sampling import SampleTables, make_rows, sample, sample_fallback
 
 BLOCK_SIZE = 16
@@ -92,6 +94,7 @@ def kernel_cases(model: Model, kv_bits: int | None) -> Iterator[Check]:
     """Of every op that the model uses and that has kernels for GPUs."""
     notes = Notes()
     model(mx.zeros(1, mx.int32), notes)
+    yield from elementwise_cases(model.kv_spec)
     if notes.attention and kv_bits is not None:
         yield quantize_case(model.kv_spec, kv_bits)
     for call in notes.attention:
@@ -110,6 +113,19 @@ def kernel_cases(model: Model, kv_bits: int | None) -> Iterator[Check]:
 
 def normal(shape: Sequence[int], dtype: mx.Dtype, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def elementwise_cases(spec: KVSpec) -> Iterator[Check]:
+    gate, up = (normal((3, 1024), spec.dtype, seed) for seed in (1, 2))
+    x = normal((3, spec.num_kv_heads, spec.head_dim), spec.dtype)
+    positions, freqs = mx.array([0, 7, 3000], mx.int32), mx.arange(1, spec.head_dim // 2 + 1).astype(mx.float32)
+    yield Check("silu", lambda: [silu_mul(gate, up)], lambda: [fallbacks.silu_mul_fallback(gate, up)])
+    yield Check("gelu", lambda: [gelu_mul(gate, up)], lambda: [fallbacks.gelu_mul_fallback(gate, up)])
+    yield Check(
+        "rope",
+        lambda: [rope(x, positions, freqs)],
+        lambda: [fallbacks.rope_fallback(x, positions, freqs, traditional=False)],
+    )
 
 
 def quantize_case(spec: KVSpec, bits: int) -> Check:

@@ -3,17 +3,23 @@
 from mlx_server._ext import (
     Scoring,
     gated_delta_fallback,
+    gelu_mul_fallback,
     moe_mlp_fallback,
     paged_attention_fallback,
+    rope_fallback,
     route_fallback,
+    silu_mul_fallback,
     write_kv_fallback,
 )
 
 __all__ = [
     "Scoring",
     "gated_delta_fallback",
+    "gelu_mul_fallback",
     "moe_mlp_fallback",
     "paged_attention_fallback",
+    "rope_fallback",
     "route_fallback",
+    "silu_mul_fallback",
     "write_kv_fallback",
 ]
