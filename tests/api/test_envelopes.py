@@ -135,6 +135,7 @@ def test_answers_streams_and_errors_may_be_read_by_allowed_pages(backend: Backen
         result = client.simulate_post("/v1/chat/completions", json=body, headers=headers)
         assert result.status_code == status
         assert result.headers["access-control-allow-origin"] == ORIGIN
+        assert "access-control-allow-credentials" not in result.headers
         assert {"x-request-id", "request-id", "retry-after"} <= set(
             result.headers["access-control-expose-headers"].split(", ")
         )

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 import falcon.testing
 import pytest
+from anthropic.types import RawMessageStreamEvent
+from openai.types.chat import ChatCompletionChunk
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from fake_engine import TIMINGS, Backend, Script, fake_model, until
 from mlx_server.chat.reasoning import Tags
@@ -33,6 +37,11 @@ TOOLS: dict[str, dict[str, Any]] = {
     "responses": {"tools": [{"type": "function", **FUNCTION}]},
 }
 STOP = {"messages": "stop_sequences"}  # its name, where it is not `stop`
+EVENT_TYPES: dict[str, TypeAdapter[Any]] = {  # completions' knows no null of a choice that is open
+    "chat": TypeAdapter(ChatCompletionChunk),
+    "messages": TypeAdapter(RawMessageStreamEvent),
+    "responses": TypeAdapter(ResponseStreamEvent),
+}
 LACKS = {"completions": ("tools", "reasoning"), "responses": ("stop_string",)}
 
 
@@ -171,3 +180,14 @@ def test_a_stream_is_what_it_was(backend: Backend, protocol: str, name: str) -> 
     assert actual.decode() == golden.read_text()
     if name == "disconnect":
         until(lambda: len(backend.engine.cancelled) == 1)
+
+
+@pytest.mark.parametrize(("protocol", "name"), [case for case in TRANSCRIPTS if case[0] in EVENT_TYPES])
+def test_a_stream_is_of_the_official_types(protocol: str, name: str) -> None:
+    """But for errors, of which the SDKs have no type in streams."""
+    frames = (GOLDEN / f"{protocol}_{name}.txt").read_text().split("\n\n")[:-1]
+    events = [frame.rpartition("data: ")[2] for frame in frames]
+    events = [event for event in events if event != "[DONE]" and "error" not in json.loads(event)]
+    assert events
+    for event in events:
+        EVENT_TYPES[protocol].validate_json(event, strict=True)

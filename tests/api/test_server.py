@@ -76,6 +76,22 @@ def test_openai_client_leaves_a_stream(process: Process) -> None:
     until(lambda: process.engine.cancelled)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_async_client_is_cancelled(process: Process, stream: bool) -> None:
+    async def leave() -> None:
+        url = f"http://127.0.0.1:{process.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=20, max_retries=0) as client:
+            call = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=stream)
+            task = asyncio.ensure_future(call)
+            await asyncio.to_thread(until, lambda: process.engine.running)
+            task.cancel()
+            await asyncio.to_thread(until, lambda: process.engine.cancelled)  # before the client is closed
+
+    process.engine.script = silent
+    asyncio.run(leave())
+    assert not process.engine.running
+
+
 def test_openai_client_errors(process: Process) -> None:
     client = process.openai()
     with pytest.raises(openai.BadRequestError) as bad_request:

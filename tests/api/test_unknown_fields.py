@@ -105,3 +105,11 @@ def test_strict_servers_refuse_them(backend: Backend) -> None:
         "code": "unknown_field",
     }
     assert not backend.engine.submits
+
+
+def test_strict_servers_refuse_them_in_each_envelope(backend: Backend) -> None:
+    client = falcon.testing.TestClient(backend.app(strict=True), headers={"host": "localhost"})
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        result = client.simulate_post(path, json=body() | ({"max_tokens": 5} if path == "/v1/messages" else {}))
+        assert (result.status_code, result.json["type"]) == (400, "error")
+        assert result.json["error"]["message"] == "`messages[0].mood`: unknown field."
