@@ -1,5 +1,6 @@
 """The engine on a real (tiny) model: paged, chunked, batched and pipelined, tokens are those of transformers."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -98,7 +99,7 @@ def test_blocks_behind_the_window_serve_other_requests() -> None:
 
 
 def seeded(model: Model) -> list[wire.Submit]:
-    """Requests of different lengths, each with parameters of its own."""
+    """Eight requests of different lengths, each with parameters of its own."""
     rng = np.random.default_rng(7)
     params = [
         SamplingParams(temperature=1.0, seed=1),
@@ -107,9 +108,11 @@ def seeded(model: Model) -> list[wire.Submit]:
         SamplingParams(temperature=1.3, top_p=0.8, seed=3),
         SamplingParams(temperature=2.0, min_p=0.1, seed=4),
         SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05, seed=1),
+        SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.5, dry_multiplier=2.0, seed=6),
+        SamplingParams(temperature=1.5, top_n_sigma=2.0, xtc_probability=0.5, xtc_threshold=0.05, seed=7),
     ]
     return [
-        wire.Submit(f"r{i}", rng.integers(3, model.vocab_size, 3 + 11 * i).tolist(), 12 + 3 * i, [], sampling)
+        wire.Submit(f"r{i}", rng.integers(3, model.vocab_size, 3 + 9 * i).tolist(), 12 + 2 * i, [], sampling)
         for i, sampling in enumerate(params)
     ]
 
@@ -125,7 +128,9 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch(model, stag
 def test_a_preempted_request_gives_the_same_tokens(model) -> None:
     messages = seeded(model)
     alone = generate(make_core(model, max_running=1), *messages)
-    assert generate(make_core(model, num_blocks=7), *messages) == alone
+    core = make_core(model, num_blocks=7)
+    assert generate(core, *messages) == alone
+    assert re.search(r"^vllm:num_preemptions_total{.*} [1-9]", core.metrics(), re.MULTILINE)
 
 
 class Poisoned:

@@ -82,8 +82,14 @@ class World:
         try:
             self.collector.take(self.core.step())
         except RuntimeError:
-            self.collector.take(self.core.fail_step())
+            self.collector.take(self.core.fail_step(out_of_memory=self.rng.random() < 0.5))
         self.core.check_integrity()
+
+    def lose_connection(self) -> None:
+        """Of the API process, which all requests are of."""
+        open_requests = set(self.taken) - set(self.collector.ends) - self.cancelled
+        assert self.core.cancel_connection(API) == len(open_requests)
+        self.cancelled |= open_requests
 
     def check_ends(self) -> None:
         ends = self.collector.ends
@@ -109,6 +115,8 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int, speculates: bool
             request_id = rng.choice(list(world.taken))
             if world.core.cancel(API, request_id):
                 world.cancelled.add(request_id)
+        if rng.random() < 0.005:
+            world.lose_connection()
         if rng.random() < 0.01:
             world.runner.fail_at.add(world.runner.num_steps + 1)
         if rng.random() < 0.01 and world.taken:
