@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from server_process import ServerProcess
+from server_process import ServerProcess, until
 
 MLX_SERVER = [str(Path(sys.executable).with_name("mlx-server"))]
 
@@ -32,3 +32,14 @@ def metric(server: ServerProcess, name: str) -> float:
     found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
     assert found is not None, text
     return float(found[1])
+
+
+def num_requests(server: ServerProcess) -> float:
+    """That the engine has, running or waiting."""
+    return sum(metric(server, f"vllm:num_requests_{state}") for state in ("running", "waiting"))
+
+
+def wait_until_idle(server: ServerProcess, deadline_s: float = 60.0) -> None:
+    """Until no request is left; then no block is either."""
+    until(lambda: num_requests(server) == 0, "the end of all requests", deadline_s)
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0

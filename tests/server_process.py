@@ -107,6 +107,11 @@ class ServerProcess:
 
         return until(find, f"a child process {word}", deadline_s)
 
+    def usage(self) -> dict[int, tuple[float, int, int]]:
+        """Of each process: resident MiB, open files, threads."""
+        processes = [psutil.Process(self.process.pid), *self.processes()]
+        return {p.pid: (round(p.memory_info().rss / 2**20, 1), p.num_fds(), p.num_threads()) for p in processes}
+
     def signal(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)
 

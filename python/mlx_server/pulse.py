@@ -28,9 +28,9 @@ class Pulse:
 
     def is_late(self, limit_s: float, num_steps: float) -> bool:
         """Whether the loop has stood still for `limit_s`, and for the time of so many of its slowest steps: what is
-        slow is not dead. False before the first beat."""
+        slow is not dead. False before the first beat, and if the file can't be read: no file may be left to open."""
         try:
             beat_s, slowest_step_s = _LAYOUT.unpack(self._path.read_bytes())
-        except (FileNotFoundError, struct.error):
+        except (OSError, struct.error):
             return False
         return bool(time.monotonic() - beat_s > max(limit_s, num_steps * slowest_step_s))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from api_process import CHAT, Process, request, running
@@ -311,13 +312,20 @@ def _has_answer(connection: http.client.HTTPConnection) -> bool:
     return bool(select.select([connection.sock], [], [], 0)[0])
 
 
-def test_a_low_limit_of_files(tmp_path: Path) -> None:
-    with running(tmp_path, max_files=64) as process:
+@pytest.mark.parametrize("max_files", [24, 64])  # less than the least number of connections needs, and enough
+def test_a_low_limit_of_files(tmp_path: Path, max_files: int) -> None:
+    with running(tmp_path, max_files=max_files) as process:
+        workers = psutil.Process(process.process.pid).children()
+        before_s = [sum(worker.cpu_times()[:2]) for worker in workers]
         for _ in range(200):
             connect(process)
-        assert process.get("/health") == 200
+        for _ in range(20):
+            assert process.get("/health") == 200
+            time.sleep(0.05)
+        for worker, busy_s in zip(workers, before_s, strict=True):  # they wait for files, they do not spin
+            assert sum(worker.cpu_times()[:2]) - busy_s < 0.5
         process.disconnect()
-        assert process.get("/health") == 200
+        assert process.post().status == 200
 
 
 def test_unfinished_requests_take_a_bounded_memory(tmp_path: Path) -> None:
