@@ -43,8 +43,8 @@ class Caller:
         self._request = head.encode() + b"\r\n" + (body or b"")
 
     async def send(self) -> None:
-        self._start_s = time.monotonic()
         self.reader, self._writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        self._start_s = time.monotonic()
         self._writer.write(self._request)
 
     async def receive(self) -> Reply:
@@ -61,8 +61,9 @@ class Caller:
         self._writer.close()
 
     def reset(self) -> None:
-        sock: socket.socket = self._writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        if not self._writer.is_closing():
+            sock: socket.socket = self._writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._writer.transport.abort()
 
 

@@ -262,6 +262,11 @@ def test_content_types_that_a_web_page_could_send_are_refused(
     check_error(result, 415, "unsupported_media_type")
 
 
+def test_a_web_page_must_name_the_type(client: falcon.testing.TestClient) -> None:
+    result = client.simulate_post(CHAT, body=BODY, headers={"origin": "http://evil.com"})
+    check_error(result, 415, "unsupported_media_type")
+
+
 @pytest.mark.parametrize("encoding, status", [("identity", 200), ("gzip", 415), ("br", 415), ("gzip, identity", 415)])
 def test_compressed_bodies_are_refused(client: falcon.testing.TestClient, encoding: str, status: int) -> None:
     assert client.simulate_post(CHAT, body=BODY, headers={"content-encoding": encoding}).status_code == status

@@ -125,6 +125,15 @@ def test_rubbish_and_bad_requests_leave_the_engine_up(harness: Harness) -> None:
     assert isinstance(client.outputs_until_end()[-1], wire.Finished)
 
 
+def test_a_frame_that_is_too_large_is_not_taken(harness: Harness) -> None:
+    sender, bystander = harness.connect(), harness.connect()
+    sender.socket.send(bytes(wire.MAX_FRAME_BYTES + 1))
+    bystander.send(make_submit("good", [1], 3))
+    assert isinstance(bystander.outputs_until_end()[-1], wire.Finished)
+    sender.send(wire.Hello())  # on a new connection: ZeroMQ has closed the one that sent too much
+    assert sender.receive() == harness.core.info
+
+
 def test_failed_step_is_told_to_its_request_and_the_next_one_works(harness: Harness) -> None:
     client = harness.connect()
     harness.runner.poison = {"a"}

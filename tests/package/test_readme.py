@@ -29,5 +29,13 @@ def test_ci_installs_as_the_readme_says() -> None:
     assert install in ci_commands()
 
 
+def test_each_promise_is_proved_by_one_test() -> None:
+    words = re.findall(r"\| `\.venv/bin/pytest -m soak -k (\w+)` \|", (ROOT / "README.md").read_text())
+    soak = (ROOT / "tests/soak/test_promises.py").read_text()
+    tests = re.findall(r"^def (test_\w+)", soak, re.MULTILINE)
+    assert "pytest.mark.soak" in soak
+    assert [[name for name in tests if word in name] for word in words] == [[name] for name in tests]
+
+
 def test_ci_ends_with_the_readmes_test_command() -> None:
     assert ci_commands()[-1] == set_up_commands()[1]

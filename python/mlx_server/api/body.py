@@ -66,8 +66,9 @@ def decode_query(req: falcon.Request, type_: type[_T]) -> _T:
 
 
 def _check_headers(req: falcon.Request) -> None:
-    media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
-    # A browser sends other types across origins without asking first.
+    # A browser sends other types, or none, across origins without asking first, but never without its origin.
+    implied = "application/json" if req.get_header("origin") is None else ""
+    media_type = (req.content_type or implied).partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HttpError(415, "unsupported_media_type", "The body must be sent as Content-Type: application/json.")
     if (req.get_header("content-encoding") or "identity").strip().lower() != "identity":
