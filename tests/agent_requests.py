@@ -39,6 +39,76 @@ def claude_code(request: int = 0) -> dict[str, Any]:
     }
 
 
+def claude_code_title() -> dict[str, Any]:
+    """Its request for a name of the session."""
+    title = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
+    return {
+        "model": "default",
+        "max_tokens": 32000,
+        "stream": True,
+        "system": [{"type": "text", "text": "Write a title of 3 to 7 words."}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": f"<session>{_TASK}</session>"}]}],
+        "tools": [],
+        "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": title}},
+    }
+
+
+# What each agent appends to its first request once the model has called a tool.
+OUTPUT = "settings.py:5:def read_settings():"
+CLAUDE_CODE_CALL = [
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "toolu_0", "name": "Tool0", "input": {"path": "/"}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {
+                "tool_use_id": "toolu_0",
+                "type": "tool_result",
+                "content": OUTPUT,
+                "is_error": False,
+                "cache_control": {"type": "ephemeral"},
+            }
+        ],
+    },
+]
+OPENCODE_CALL = [
+    {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [
+            {"id": "call_0", "type": "function", "function": {"name": "tool0", "arguments": '{"path":"/"}'}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_0", "content": OUTPUT},
+]
+QWEN_CODE_CALL = [
+    OPENCODE_CALL[0],
+    {"role": "tool", "tool_call_id": "call_0", "content": [{"type": "text", "text": OUTPUT}]},
+]
+CODEX_CALL = [
+    {
+        "type": "message",
+        "status": "completed",
+        "id": "msg_0_0",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}],
+    },
+    {
+        "type": "function_call",
+        "status": "completed",
+        "id": "fc_0_1",
+        "name": "tool0",
+        "arguments": '{"path": "/"}',
+        "call_id": "call_0",
+    },
+    {"type": "function_call_output", "id": "fco_0", "call_id": "call_0", "output": OUTPUT},
+]
+
 CLAUDE_CODE_HEADERS = {
     "x-api-key": "none",
     "anthropic-version": "2023-06-01",
