@@ -10,6 +10,7 @@ from generations import collect, start
 from mlx_server.chat.generation import Generation
 from mlx_server.chat.output_router import join
 from mlx_server.chat.reasoning import Tags
+from mlx_server.chat.tool_parsers import TOOL_PARSERS
 from mlx_server.chat.types import (
     ChatMessage,
     ChatRequest,
@@ -83,6 +84,19 @@ def test_choices_that_can_not_be_met(backend: Backend, tools: list[Tool], choice
     with pytest.raises(InvalidRequestError) as error:
         start(backend, tools=tools, tool_choice=choice)
     assert error.value.param == "tool_choice"
+
+
+def test_a_name_that_the_format_can_not_write_is_refused(backend: Backend) -> None:
+    model = fake_model(tool_parser=TOOL_PARSERS["qwen3_coder"])
+    request = ChatRequest(
+        messages=[ChatMessage(role="user", content="hi")],
+        tools=[Tool(name="a b")],
+        sampling=SamplingParams(seed=1),
+        max_tokens=5,
+    )
+    with pytest.raises(InvalidRequestError, match="'a b'") as error:
+        Generation(model, backend.client, request, 30.0)
+    assert error.value.param == "tools"
 
 
 def test_a_call_that_must_come_is_a_grammar(backend: Backend) -> None:

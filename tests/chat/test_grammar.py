@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -180,10 +181,10 @@ TWO_CALLS = {
 JOINTS = {"hermes": "\n", "qwen3_coder": "\n"}
 
 
-def parsed(name: str, text: str) -> list[tuple[str, Any]]:
+def parsed(name: str, text: str, tools: Sequence[Tool] = (WEATHER, NOW)) -> list[tuple[str, Any]]:
     """The calls that the format's parser sees; there must be nothing else."""
     ids = itertools.count()
-    router = OutputRouter(0, tools=TOOL_PARSERS[name]([WEATHER, NOW]), new_id=lambda: str(next(ids)))
+    router = OutputRouter(0, tools=TOOL_PARSERS[name](tools), new_id=lambda: str(next(ids)))
     events = join(router.feed(text) + router.finish())
     assert not any(isinstance(event, TextDelta) for event in events)
     names = [event.name for event in events if isinstance(event, ToolCallStart)]
@@ -220,6 +221,53 @@ def random_text(grammar: str, seed: int) -> str:
             output.append(token_id)
     assert matcher.is_stopped() and not matcher.is_error()
     return output.decode()
+
+
+ODD_NAMES = [
+    "f-1",
+    "a.b",
+    "a/b",
+    "a b",
+    "a<b",
+    "a>b",
+    "a(b",
+    "a=b",
+    'a"b',
+    "a,b",
+    "a\nb",
+    "{a",
+    "[a",
+    "class",
+    "é",
+    "日本",
+]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+def test_names_that_a_format_can_write_are_read(name: str, odd: str) -> None:
+    parser = TOOL_PARSERS[name]
+    one = {"type": "integer", "minimum": 1, "maximum": 1}
+
+    def call(tool_name: str, argument: str) -> list[tuple[str, Any]]:
+        schema = {
+            "type": "object",
+            "properties": {argument: one},
+            "required": [argument],
+            "additionalProperties": False,
+        }
+        tool = Tool(name=tool_name, parameters=schema, strict=True)
+        grammar = grammar_of(name, tools=[tool], tool_choice=ToolChoice("required"), parallel_tool_calls=False)
+        assert grammar is not None
+        return parsed(name, random_text(grammar, seed=1), [tool])
+
+    if parser.tool_names.fullmatch(odd):
+        assert call(odd, "x") == [(odd, {"x": 1})]
+    if parser.argument_names.fullmatch(odd):
+        assert call("f", odd) == [("f", {odd: 1})]
+    else:
+        with pytest.raises(InvalidRequestError, match="no way to write an argument"):
+            call("f", odd)
 
 
 @pytest.mark.parametrize("parallel", [True, False])

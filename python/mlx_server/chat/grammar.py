@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
 from mlx_server.chat.reasoning import Tags
-from mlx_server.chat.tool_parsers.base import Marker, ToolParser, quoted, text_up_to
+from mlx_server.chat.tool_parsers.base import Marker, ToolParser, parameters_of, quoted, text_up_to
 from mlx_server.chat.types import ChatRequest, Choice, Gbnf, Grammar, JsonSchema, Lark, Regex, Tool
 from mlx_server.errors import InvalidRequestError
 
@@ -158,6 +158,8 @@ def _constrained(tool: Tool, parser: type[ToolParser], marker: Marker) -> Tool:
     schema = {"type": "object", **tool.parameters}
     if _is_deep(schema):
         fault = f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep"
+    elif strange := [name for name, *_ in parameters_of(tool) if not parser.argument_names.fullmatch(name)]:
+        fault = f"the model's format of calls has no way to write an argument named {strange[0][:64]!r}"
     else:
         constrained = msgspec.structs.replace(tool, parameters=schema)
         lark = "\n".join([f"start: {parser.lark_call(constrained, marker)}", *parser.lark_rules, _TEXT])

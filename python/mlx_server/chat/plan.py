@@ -68,7 +68,7 @@ def _plan_completion(
 def _plan_chat(model: ServedModel, request: ChatRequest, info: EngineInfo, deadline_s: float) -> list[ChoiceStream]:
     token_ids, thinking = _chat_prompt(model, request, info)
     check_length(token_ids, info, "messages", room=1)
-    tools = _callable_tools(request)
+    tools = _callable_tools(model, request)
     submit = msgspec.structs.replace(
         _submit(model, request, token_ids, info, deadline_s), grammar=_grammar(model, request, tools, thinking.state)
     )
@@ -124,10 +124,14 @@ def _tape(model: ServedModel, request: GenerationRequest) -> LogprobTape | None:
 # --- Tools ---
 
 
-def _callable_tools(request: ChatRequest) -> list[Tool]:
+def _callable_tools(model: ServedModel, request: ChatRequest) -> list[Tool]:
     """Those that the answer may call. InvalidRequestError if there are none, but there must be a call."""
     choice = request.tool_choice
     names = {tool.name for tool in request.tools}
+    for name in names:
+        if not model.tool_parser.tool_names.fullmatch(name):
+            fault = f"`tools`: the model's format of calls has no way to write the name {name[:64]!r}."
+            raise InvalidRequestError(fault, param="tools")
     for name in choice.allowed:
         if name not in names:
             raise InvalidRequestError(f"`tool_choice`: there is no tool {name[:64]!r}.", param="tool_choice")

@@ -14,6 +14,7 @@ Marker = Callable[[str], str]  # writes a piece of markup as a term of llguidanc
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as Python writes JSON
 _ARGUMENTS = ("arguments", "parameters")
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_ANY_NAME = re.compile(r".*", re.DOTALL)
 
 
 class ToolParser(IncrementalParser):
@@ -27,6 +28,7 @@ class ToolParser(IncrementalParser):
         signs: a template with one of these is written for this format.
         lark_rules: what `lark_call` refers to.
         arguments_key: as the format's models write it; others are read too.
+        tool_names, argument_names: what the format can write.
 
     Args:
         tools: those that may be called. Where the markup is unmistakable, the model may call others: that is for the
@@ -38,6 +40,8 @@ class ToolParser(IncrementalParser):
     signs: ClassVar[tuple[str, ...]] = ()
     lark_rules: ClassVar[tuple[str, ...]] = ()
     arguments_key: ClassVar[str] = "arguments"
+    tool_names: ClassVar[re.Pattern[str]] = _ANY_NAME
+    argument_names: ClassVar[re.Pattern[str]] = _ANY_NAME
 
     def __init__(self, tools: Sequence[Tool], refused: Collection[str] = ()) -> None:
         self.tools = {tool.name: tool for tool in tools}

@@ -69,6 +69,8 @@ class PythonCalls(ToolParser):
 class Pythonic(PythonCalls):
     special_tokens = (_START, _END)
     signs = (_START, "func_name1(params_name1=")
+    tool_names = re.compile(r"[\w.-]+", re.ASCII)
+    argument_names = re.compile(r"\w+")
 
     @classmethod
     def lark_calls(cls, marker: Marker, *, parallel: bool) -> str:

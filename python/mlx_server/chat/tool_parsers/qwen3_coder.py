@@ -27,6 +27,7 @@ _NAME = re.compile(r"[^<>\s]")
 class Qwen3Coder(TaggedCalls):
     tags = (_OPEN, _CLOSE)
     signs = (_FUNCTION,)
+    tool_names = argument_names = re.compile(r"[^<>\s]+")
     lark_rules = (f"xml_text[lazy]: TEXT {quoted(_PARAMETER_END)}",)
 
     @classmethod
