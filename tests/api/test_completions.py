@@ -102,6 +102,15 @@ def test_the_prompt_is_scored(lenient_sdk: openai.OpenAI, max_tokens: int) -> No
     assert logprobs.text_offset == list(range(3 + max_tokens))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_prompt_alone_is_echoed(client: falcon.testing.TestClient, streamed: bool) -> None:
+    result = post(client, echo=True, max_tokens=0, stream=streamed)
+    choices = [event["choices"][0] for event in (events(result.text) if streamed else [result.json])]
+    assert "".join(choice["text"] for choice in choices) == "ab"
+    assert all(choice["logprobs"] is None for choice in choices)
+    assert choices[-1]["finish_reason"] == "length"
+
+
 def test_the_best_of_several(sdk: openai.OpenAI, backend: Backend) -> None:
     def script(submit: Submit) -> Iterator[RequestOutput]:
         k = submit.sampling.seed - 5

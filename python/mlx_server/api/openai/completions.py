@@ -42,7 +42,7 @@ _TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 
 
 class CompletionBody(GenerationFields, kw_only=True):
-    """The request body. `max_tokens` of 0 only scores the prompt."""
+    """The request body. `max_tokens` of 0 only echoes and scores the prompt."""
 
     # msgspec can't tell the types of lists apart: `_to_prompts` does.
     prompt: str | list[Any] | None = None
@@ -120,9 +120,11 @@ def to_completion_request(
     if len(prompts) * best_of > _MAX_CHOICES:
         fault = f"`n` or `best_of`: {len(prompts)} prompts would have more than {_MAX_CHOICES} choices together."
         raise InvalidRequestError(fault, param="n" if best_of == body.n else "best_of")
-    if max_tokens == 0 and not (echo and body.logprobs is not None):
-        fault = "`max_tokens` may be 0 only with `echo` and `logprobs`, to score the prompt."
+    if max_tokens == 0 and not echo:
+        fault = "`max_tokens` may be 0 only with `echo`, to score the prompt."
         raise InvalidRequestError(fault, param="max_tokens")
+    # Without an answer there is no work but to score the prompt, asked for or not.
+    scores_prompt = echo and (body.logprobs is not None or max_tokens == 0)
     if body.logprobs is not None or best_of > (body.n or 1):
         generation["sampling"] = msgspec.structs.replace(generation["sampling"], logprobs=body.logprobs or 0)
     return chat.CompletionRequest(
@@ -131,7 +133,7 @@ def to_completion_request(
         prompts=prompts,
         suffix=body.suffix or None,
         echo=echo,
-        prompt_logprobs=body.logprobs if echo else None,
+        prompt_logprobs=body.logprobs or 0 if scores_prompt else None,
     )
 
 
