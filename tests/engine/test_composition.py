@@ -14,7 +14,7 @@ import pytest
 
 from engine.answers import Answer, answers, run, submit
 from engine.guesses import known_answers
-from engine.test_runner import PARITY, make_core
+from engine.test_runner import BLOCK_SIZE, PARITY, make_core
 from engine.test_speculation import counts
 from grammars import TOKENS, TinyGrammars
 from mlx_server import wire
@@ -27,18 +27,6 @@ from reference.sampling import Drawn, Params
 from reference.sampling import sample as oracle
 
 NUM_TOKENS = 16
-CACHED_TOKENS = 80  # of a prompt of 96: the last block is computed, as its last token must be
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return load_model(str(PARITY / "llama" / "mlx-4bit"))
-
-
-@pytest.fixture(scope="module")
-def prompt() -> list[int]:
-    prompt: list[int] = np.load(PARITY / "llama" / "mlx-4bit" / "fixture.npz")["prompt"].tolist()
-    return prompt
 
 
 @dataclass
@@ -51,8 +39,10 @@ class Outcome:
     distance: float  # of the logits after its prompt from those of the plain engine
 
     @property
-    def reads_cache(self) -> bool:
-        return self.message.prompt_logprobs is None  # what is scored must be computed
+    def num_shared_tokens(self) -> int:
+        """Of the prompt, where it may be had from the cache: what is scored must be computed, and the last token."""
+        is_scored = self.message.prompt_logprobs is not None
+        return 0 if is_scored else (len(self.message.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -110,13 +100,14 @@ FEATURES = {
     "kv_bits": Feature(kv_bits=8, holds=lambda outcome: 0 < outcome.distance < 0.5),
     "cached_prefix": Feature(
         is_cached=True,
-        holds=lambda outcome: (outcome.choices[0].end.num_cached_tokens == CACHED_TOKENS) == outcome.reads_cache,
+        holds=lambda outcome: outcome.choices[0].end.num_cached_tokens == outcome.num_shared_tokens,
     ),
     # Rows with a grammar have no drafts.
     "speculation": Feature(
         has_drafts=True, holds=lambda outcome: (outcome.num_drafts > 0) == (outcome.message.grammar is None)
     ),
 }
+OF_THE_ENGINE = ["n", "kv_bits", "cached_prefix", "speculation"]
 # These two cut off what is unlikely at nearly the same place, so that only one of them shows.
 ALIKE = {("min_p", "top_n_sigma")}
 
@@ -125,17 +116,17 @@ class Recorder:
     """The model, and the logits from which it drew."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        self.model = model
         self.drawn: list[npt.NDArray[np.float32]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self.model, name)
 
     def __call__(self, token_ids, ctx):
-        return self._model(token_ids, ctx)
+        return self.model(token_ids, ctx)
 
     def logits(self, hidden):
-        logits = self._model.logits(hidden)
+        logits = self.model.logits(hidden)
         if len(logits) == 1:  # a prompt's scores are more
             self.drawn.append(np.array(logits[0].astype(mx.float32)))
         return logits
@@ -194,30 +185,47 @@ def check_that_both_matter(
 
 @dataclass(frozen=True)
 class Plain:
-    """What there is without any feature."""
+    """A model, and what there is without any feature."""
 
-    logits: npt.NDArray[np.float32]  # [V] after the prompt
+    model: Model
+    prompt: list[int]  # longer than a step
+    logits: npt.NDArray[np.float32]  # [V] after it
     neighbour: wire.Submit
     its_token_ids: dict[int | None, list[int]]  # by kv_bits
 
+    @staticmethod
+    def of(name: str) -> "Plain":
+        directory = PARITY / name / "mlx-4bit"
+        recorder = Recorder(load_model(str(directory)))
+        prompt = np.load(directory / "fixture.npz")["prompt"].tolist()
+        answers(recorder, submit("a", prompt, 1))  # type: ignore[arg-type]
+        neighbour = submit("neighbour", prompt[3:], NUM_TOKENS + 2)
+        its_token_ids = {bits: answers(recorder.model, neighbour, kv_bits=bits)[0].token_ids for bits in (None, 8)}
+        return Plain(recorder.model, prompt, recorder.drawn[0], neighbour, its_token_ids)
+
 
 @pytest.fixture(scope="module")
-def plain(model: Model, prompt: list[int]) -> Plain:
-    recorder = Recorder(model)
-    answers(recorder, submit("a", prompt, 1))  # type: ignore[arg-type]
-    neighbour = submit("neighbour", prompt[3:], NUM_TOKENS + 2)
-    its_token_ids = {bits: answers(model, neighbour, kv_bits=bits)[0].token_ids for bits in (None, 8)}
-    return Plain(recorder.drawn[0], neighbour, its_token_ids)
+def llama() -> Plain:
+    return Plain.of("llama")
+
+
+@pytest.fixture(scope="module")
+def qwen3_next() -> Plain:
+    return Plain.of("qwen3_next")
 
 
 @pytest.mark.parametrize("names", list(itertools.combinations(FEATURES, 2)), ids="+".join)
-def test_every_two_work_together_and_leave_their_neighbour_alone(
-    model: Model,
-    prompt: list[int],
-    plain: Plain,
-    names: tuple[str, str],
-) -> None:
-    """The prompt is longer than a step."""
+def test_every_two_work_together_and_leave_their_neighbour_alone(llama: Plain, names: tuple[str, str]) -> None:
+    check_pair(llama, names)
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(OF_THE_ENGINE, 2)), ids="+".join)
+def test_those_of_the_engine_work_together_with_recurrent_states(qwen3_next: Plain, names: tuple[str, str]) -> None:
+    check_pair(qwen3_next, names)
+
+
+def check_pair(plain: Plain, names: tuple[str, str]) -> None:
+    model, prompt = plain.model, plain.prompt
     pair = [FEATURES[name] for name in names]
     choices = choices_of(prompt, *pair)
     kv_bits = max((feature.kv_bits for feature in pair if feature.kv_bits), default=None)
@@ -244,8 +252,7 @@ def test_every_two_work_together_and_leave_their_neighbour_alone(
     outcome = Outcome(choices[0], together, sum(drafts.num_drafts[name] for name in known), distance)
     for i, (mine, its) in enumerate(zip(together, alone, strict=True)):
         assert replace(mine, end=its.end) == its and mine.end.finish_reason == its.end.finish_reason
-        can_share = outcome.reads_cache and (is_cached or i > 0)
-        assert mine.end.num_cached_tokens == (CACHED_TOKENS if can_share else 0)
+        assert mine.end.num_cached_tokens == (outcome.num_shared_tokens if is_cached or i > 0 else 0)
     assert all(feature.holds is None or feature.holds(outcome) for feature in pair)
     assert (counts(core)["accepted_tokens"] > 0) == any(feature.has_drafts for feature in pair)
 
@@ -270,7 +277,8 @@ def choices_of(prompt: list[int], *features: Feature) -> list[wire.Submit]:
     ]
 
 
-def test_all_together_after_preemption(model: Model, prompt: list[int]) -> None:
+def test_all_together_after_preemption(llama: Plain) -> None:
+    model, prompt = llama.model, llama.prompt
     params: dict[str, Any] = {}
     for feature in FEATURES.values():
         params |= feature.params
