@@ -132,6 +132,15 @@ def test_refuses_what_is_inconsistent(changes, fault):
     assert fault in caught.value.message
 
 
+def test_control_tokens_alone_are_special():
+    metadata = sentencepiece().metadata
+    types = {"</s>": 3, "hello": 4}  # what a user defined is part of the text, as Qwen's <think> is
+    kinds = [types.get(token, 1) for token in metadata["tokenizer.ggml.tokens"]]
+    tokenizer = tokenizer_from_gguf(sentencepiece(**{"tokenizer.ggml.token_type": kinds}))
+    added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    assert added == {"</s>": True, "hello": False}
+
+
 def test_token_of():
     gguf = sentencepiece()
     assert token_of(gguf, "eos") == "</s>"

@@ -17,6 +17,11 @@ _CL100K = (  # with the longest run of digits left to fill in
 )
 _LLAMA3 = _CL100K % r"\p{N}{1,3}"
 _QWEN2 = _CL100K % r"\p{N}"
+_BIG, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_BIG}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_BIG}+{_SMALL}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # tokenizer.ggml.pre -> the patterns that split text before byte-level BPE, each applied to the pieces of the one before
 _PRE_TOKENIZERS = {
@@ -28,7 +33,10 @@ _PRE_TOKENIZERS = {
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
+    "tekken": (_TEKKEN,),
 }
+# These take a word that is a token as it is, even if no merges lead to it, and begin prompts with BOS.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def tokenizer_from_gguf(gguf: GGUF) -> Tokenizer:
@@ -67,16 +75,15 @@ def _byte_level_bpe(gguf: GGUF, vocab: dict[str, int]) -> tuple[Tokenizer, bool]
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise ModelLoadError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported (supported: {known})")
     merges = [_split_merge(gguf, vocab, merge) for merge in gguf.require_list("tokenizer.ggml.merges", str)]
-    is_llama3 = pre == "llama-bpe"
-    # Llama 3 takes a word that is a token as it is, even if no merges lead to it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama3))
+    whole_words = pre in _WHOLE_WORDS
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     if _PRE_TOKENIZERS[pre] == (_QWEN2,):
         tokenizer.normalizer = normalizers.NFC()
-    return tokenizer, is_llama3
+    return tokenizer, whole_words
 
 
 def _split_merge(gguf: GGUF, vocab: dict[str, int], merge: str) -> tuple[str, str]:
