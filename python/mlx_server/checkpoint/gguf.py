@@ -57,6 +57,7 @@ BLOCK_TYPES: dict[int, tuple[str, int, int]] = {
     34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }
 BLOCK_SIZES = {name: (num_values, num_bytes) for name, num_values, num_bytes in BLOCK_TYPES.values()}
 

@@ -79,7 +79,9 @@ def _check_type(header: GGUF, name: str) -> None:
     info, where = header.tensors[name], f"{header.path}: tensor {name}"
     if info.type not in FLOAT_TYPES and info.type not in QUANTIZED_TYPES:
         known = ", ".join((*FLOAT_TYPES, *QUANTIZED_TYPES))
-        raise ModelLoadError(f"{where} has type {info.type}, not supported (supported: {known})")
+        raise ModelLoadError(
+            f"{where} has type {info.type}, not supported (supported: {known}); take a file named Q4_K_M or Q8_0"
+        )
     if info.type in QUANTIZED_TYPES and not (len(info.shape) == 2 and name.endswith(".weight")):
         raise ModelLoadError(f"{where} {info.shape} has type {info.type}, but only matrices may be quantized")
 
