@@ -29,6 +29,8 @@ Answers = dict[str, list[list[Any]]]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("mlx_lm")
     with start() as server:
         yield server
 
@@ -95,8 +97,6 @@ def evaluate(model: Any, model_args: dict[str, Any] | None = None) -> tuple[dict
 
 
 def bench_scores(benchmark, server, directory, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("mlx_lm")
     monkeypatch.chdir(TASKS)  # the tasks name their files relative to it
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     arguments = {"model": "default", "base_url": f"{server.url()}/v1/completions", "num_concurrent": 4}
