@@ -19,7 +19,7 @@ namespace {
 constexpr int kFewRows = 8;
 constexpr int kManyRows = 128;
 
-constexpr int kMlxColumns = 32;  // MLX's kernels take multiples of it, or of less
+constexpr int kTileColumns = 32;  // of MLX's products; matrices that don't fill tiles are small, and no matter
 
 constexpr int kThreads = 128;
 constexpr int kColumns = 4;  // of a simdgroup
@@ -81,7 +81,7 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
     if (rows <= kFewRows && has_decode_kernel(x, scales, group_size, bits, mode)) {
       return decode(flat, weight, scales, *biases, group_size, bits, s);
     }
-    if ((rows >= kManyRows && x.dtype().size() == 2) || n % kMlxColumns != 0) {
+    if ((rows >= kManyRows && x.dtype().size() == 2) || n % kTileColumns != 0) {
       const auto dense = mx::dequantize(weight, scales, biases, group_size, bits, mode, std::nullopt, x.dtype(), s);
       return mx::matmul(flat, mx::transpose(dense, s), s);
     }

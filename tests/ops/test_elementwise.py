@@ -42,7 +42,8 @@ def test_rms_norm(shape: tuple[int, ...], dtype: mx.Dtype, tolerance: float) -> 
     y = rms_norm(x, weight, 1e-5)
     assert y.dtype == dtype
     assert_close(y, oracle.rms_norm(wide(x), wide(weight), 1e-5), tolerance)
-    assert_close(y, wide(mx.fast.rms_norm(x, weight, 1e-5)), tolerance)
+    if x.size:  # without rows MLX's own can't be launched on CUDA
+        assert_close(y, wide(mx.fast.rms_norm(x, weight, 1e-5)), tolerance)
 
 
 @DTYPES
