@@ -115,6 +115,18 @@ def test_parts_of_quantized_experts_that_do_not_fit_are_named(name, tensor, faul
         load_model(save(tmp_path, config | {"quantization": how}, stored))
 
 
+def test_columns_of_experts_must_be_whole_groups(tmp_path):
+    config, weights = parity_checkpoint()
+    config |= {"moe_intermediate_size": 48, "quantization": {"group_size": 32, "bits": 4}}
+    layer = "model.layers.0.mlp.switch_mlp"
+    stacked = stacked_experts(weights, 8)
+    narrow = {f"{layer}.{name}_proj.weight": stacked[f"{layer}.{name}_proj.weight"][:, :48] for name in ("gate", "up")}
+    parts = {f"{layer}.down_proj.{part}": mx.zeros((8, 64, 1)) for part in ("scales", "biases")}
+    packed = {f"{layer}.down_proj.weight": mx.zeros((8, 64, 6), mx.uint32)}
+    with pytest.raises(ModelLoadError, match=f"{layer}.down_proj has 48 columns, not groups of 32"):
+        load_model(save(tmp_path, config, stacked | narrow | parts | packed))
+
+
 @pytest.mark.parametrize("name", ["gate.weight", "experts.0.gate_proj.weight", "experts.7.down_proj.weight"])
 def test_a_missing_tensor_is_named(name, tmp_path):
     config, weights = parity_checkpoint()
