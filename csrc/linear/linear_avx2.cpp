@@ -11,8 +11,11 @@ namespace {
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kDirectRows = 3;
+  static constexpr int kDirectRows = 4;
+  static constexpr int kNearRows = 8;
   static constexpr int kPanelRows = 3;  // 3 x 4 sums in 16 registers; weights come from memory
+
+  static constexpr int direct_columns(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -37,11 +40,7 @@ struct Avx2 {
       return fma(_mm256_cvtepi32_ps(unpack(packed)), group.scale, group.bias);
     }
     static Vec in_order(Vec v) { return v; }
-    static void pack(const float* x, float* packed) {
-      for (int i = 0; i < kBlock; i += kLanes) {
-        store(packed + i, load(x + i));
-      }
-    }
+    static Vec packed_order(Vec v) { return v; }
 
    private:
     static __m256i unpack(const std::uint8_t* packed) {

@@ -12,7 +12,10 @@ struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kDirectRows = 5;
+  static constexpr int kNearRows = kDirectRows;
   static constexpr int kPanelRows = 6;  // 6 x 4 sums, 4 weights and one x in 32 registers
+
+  static constexpr int direct_columns(int) { return LinearKernels::kColumns; }
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -40,10 +43,7 @@ struct Avx512 {
       return fma(_mm512_cvtepi32_ps(unpack(packed)), group.scale, group.bias);
     }
     static Vec in_order(Vec v) { return v; }
-    static void pack(const float* x, float* packed) {
-      store(packed, load(x));
-      store(packed + 16, load(x + 16));
-    }
+    static Vec packed_order(Vec v) { return v; }
 
    private:
     static __m512i unpack(const std::uint8_t* packed) {
@@ -95,10 +95,8 @@ struct Avx512::Format<4, false> {
   static Vec in_order(Vec v) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), v);
   }
-  static void pack(const float* x, float* packed) {
-    const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-    store(packed, _mm512_permutexvar_ps(order, load(x)));
-    store(packed + 16, _mm512_permutexvar_ps(order, load(x + 16)));
+  static Vec packed_order(Vec v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), v);
   }
 };
 

@@ -16,6 +16,8 @@ namespace {
 
 // Of weights in a tile: enough work for a thread's turn, small enough to balance.
 constexpr std::int64_t kDirectTileBytes = 16 * 1024;
+// Of x: it stays in the L1 cache, beside weights that pass through.
+constexpr std::int64_t kNearBytes = 24 * 1024;
 // Of dequantized weights: they stay in the L2 cache.
 constexpr std::int64_t kPanelBytes = 192 * 1024;
 
@@ -40,6 +42,11 @@ std::int64_t tile_columns(std::int64_t bytes, std::int64_t bytes_per_column, std
   const std::int64_t columns =
       std::min({bytes / std::max<std::int64_t>(bytes_per_column, 1), balanced, std::int64_t{128}});
   return std::max<std::int64_t>(columns / LinearKernels::kColumns, 1) * LinearKernels::kColumns;
+}
+
+bool is_direct(const QuantizedLinear& op, const LinearKernels& kernels) {
+  const bool is_near = op.rows * op.w.k * static_cast<std::int64_t>(sizeof(float)) <= kNearBytes;
+  return op.rows <= (is_near ? kernels.max_near_rows : kernels.max_direct_rows);
 }
 
 template <typename Kernel>
@@ -124,7 +131,7 @@ std::int64_t panel_columns(std::int64_t n, std::int64_t k, int num_threads) {
 void quantized_linear_tile(const QuantizedLinear& op, const LinearKernels& kernels) {
   if (op.w.is_plain()) {
     kernels.plain(op, 0, op.w.n);
-  } else if (op.rows <= kernels.max_direct_rows) {
+  } else if (is_direct(op, kernels)) {
     float* packed = scratch(op.rows * op.w.k);
     kernels.pack(op, packed);
     kernels.direct(op, packed, 0, op.w.n);
@@ -143,7 +150,7 @@ void quantized_linear(const QuantizedLinear& op, ThreadPool& pool, const LinearK
   if (op.w.is_plain()) {
     for_each_tile(op.w.n, panel_columns(op.w.n, op.w.k, threads), pool,
                   [&](std::int64_t begin, std::int64_t end) { kernels.plain(op, begin, end); });
-  } else if (op.rows <= kernels.max_direct_rows) {
+  } else if (is_direct(op, kernels)) {
     float* packed = scratch(op.rows * op.w.k);
     kernels.pack(op, packed);
     const std::int64_t columns = tile_columns(kDirectTileBytes, op.w.k * op.w.bits / 8, op.w.n, threads);

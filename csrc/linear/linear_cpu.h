@@ -42,7 +42,8 @@ struct QuantizedLinear {
 struct LinearKernels {
   const char* name;
   std::int64_t max_direct_rows;
-  // x in the order in which direct reads it, [rows, k].
+  std::int64_t max_near_rows;  // as many if x stays in the L1 cache; not less
+  // x in the order in which direct reads it, rows * k elements.
   void (*pack)(const QuantizedLinear& op, float* packed);
   // Few rows: dequantizes in registers. packed is pack's result.
   void (*direct)(const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end);

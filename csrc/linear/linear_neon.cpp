@@ -15,7 +15,10 @@ struct Neon {
   };
   static constexpr int kLanes = 8;
   static constexpr int kDirectRows = 2;
+  static constexpr int kNearRows = kDirectRows;
   static constexpr int kPanelRows = 2;  // 2 x 4 sums, 4 weights and one x, two registers each, in 32
+
+  static constexpr int direct_columns(int) { return LinearKernels::kColumns; }
 
   static Vec zero() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
   static Vec load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
@@ -46,11 +49,7 @@ struct Neon {
               vfmaq_f32(group.bias, vcvtq_f32_u32(vmovl_high_u16(q)), group.scale)};
     }
     static Vec in_order(Vec v) { return v; }
-    static void pack(const float* x, float* packed) {
-      for (int i = 0; i < kBlock; i += kLanes) {
-        store(packed + i, load(x + i));
-      }
-    }
+    static Vec packed_order(Vec v) { return v; }
 
    private:
     static uint16x8_t unpack(const std::uint8_t* packed) {

@@ -15,7 +15,10 @@ struct Portable {
   };
   static constexpr int kLanes = 8;
   static constexpr int kDirectRows = 1;  // 1 x 4 sums, two registers each, in 16
+  static constexpr int kNearRows = kDirectRows;
   static constexpr int kPanelRows = 1;
+
+  static constexpr int direct_columns(int) { return LinearKernels::kColumns; }
 
   static Vec zero() { return Vec{}; }
   static Vec load(const float* p) {
@@ -51,7 +54,7 @@ struct Portable {
       return {q.low * group.scale + group.bias, q.high * group.scale + group.bias};
     }
     static Vec in_order(Vec v) { return v; }
-    static void pack(const float* x, float* packed) { __builtin_memcpy(packed, x, kBlock * sizeof(float)); }
+    static Vec packed_order(Vec v) { return v; }
 
    private:
     static Vec unpack(const std::uint8_t* packed) {

@@ -8,12 +8,13 @@
 // algorithms): the linker keeps one copy of those, and it could be the one with instructions that the processor lacks.
 // Templates over Simd are safe because each Simd is in an anonymous namespace.
 //
-// Simd has: Vec, kLanes, kDirectRows, kPanelRows, zero(), load(p), store(p, v), fma(a, b, c) = a * b + c,
-// sum4(v0, v1, v2, v3, out[4]), and Simd::Format<bits, is_float>:
+// Simd has: Vec, kLanes, the rows that LinearKernels names (kDirectRows, kNearRows) and those that panel multiplies at
+// once (kPanelRows), direct_columns(rows): as many columns as registers hold sums and groups of, zero(), load(p),
+// store(p, v), fma(a, b, c) = a * b + c, sum4(v0, v1, v2, v3, out[4]), and Simd::Format<bits, is_float>:
 //   Group, group(scale, bias)    what a group of weights shares; floats have no bias
 //   dequantize(group, packed)    the next kLanes weights, perhaps in an order of its own
 //   in_order(v)                  that order put right
-//   pack(x, packed)              32 elements of x put into that order
+//   packed_order(v)              elements of x put into that order
 #pragma once
 
 #include "linear/linear_isa.h"
@@ -65,9 +66,10 @@ struct WeightRows {
     }
   }
 
-  // Asks for what the next kColumns rows' groups share, a piece with each group.
-  void prefetch_group(std::int64_t g) const {
-    const std::int64_t at = kColumns * (group_stride + g);
+  // Asks for what the groups of the kSide rows behind those from `column` on share, a piece with each group.
+  template <int kSide>
+  void prefetch_group(std::int64_t column, std::int64_t g) const {
+    const std::int64_t at = (column + kSide) * group_stride + kSide * g;
     if constexpr (kForm.is_float) {
       __builtin_prefetch(scale_codes + at);
     } else {
@@ -121,53 +123,65 @@ inline void store_columns(const typename Simd::Vec (&sums)[kColumns], float* y, 
   *y = out[0];
 }
 
-template <typename Simd, Form kForm, int kRows>
-void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n, std::int64_t columns) {
+// Columns [first, first + kSide) of the kColumns whose sums are given.
+template <typename Simd, Form kForm, int kRows, int kSide>
+inline void direct_sums(const LinearWeights& w, const float* packed, const WeightRows<Simd, kForm>& rows, int first,
+                        typename Simd::Vec (&sums)[kRows][kColumns]) {
   using Vec = typename Simd::Vec;
   using Format = typename Simd::template Format<kForm.bits, kForm.is_float>;
   constexpr int kVecBytes = Simd::kLanes * kForm.bits / 8, kBlockBytes = kForm.block * kForm.bits / 8;
-  const WeightRows<Simd, kForm> rows(op.w, n, columns);
-  const std::uint8_t* weight = rows.weight;
-  // Rows lie one behind the other, each too short for the processor to see where the next one starts: the next tile is
+  const std::uint8_t* weight = rows.weight + first * rows.stride;
+  // Rows lie one behind the other, each too short for the processor to see where the next one starts: the next ones are
   // asked for in the order of memory.
-  const std::uint8_t* next = rows.weight + kColumns * rows.stride;
+  const std::uint8_t* next = weight + kSide * rows.stride;
   const float* x = packed;
-  Vec sums[kRows][kColumns];
-  zero_sums<Simd>(&sums[0][0], kRows * kColumns);
+  Vec side[kRows][kSide];
+  zero_sums<Simd>(&side[0][0], kRows * kSide);
 
-  const std::int64_t groups = op.w.k / op.w.group_size;
-  const int blocks = op.w.group_size / kForm.block;
+  const std::int64_t groups = w.k / w.group_size;
+  const int blocks = w.group_size / kForm.block;
   for (std::int64_t g = 0; g < groups; ++g) {
-    typename Format::Group group[kColumns];
-    for (int c = 0; c < kColumns; ++c) {
-      group[c] = rows.group(c, g);
+    typename Format::Group group[kSide];
+    for (int c = 0; c < kSide; ++c) {
+      group[c] = rows.group(first + c, g);
     }
-    rows.prefetch_group(g);
+    rows.template prefetch_group<kSide>(first, g);
     for (int block = 0; block < blocks; ++block) {
-      for (int line = 0; line < kColumns * kBlockBytes; line += 64) {
+      for (int line = 0; line < kSide * kBlockBytes; line += 64) {
         __builtin_prefetch(next + line);
       }
-      next += kColumns * kBlockBytes;
+      next += kSide * kBlockBytes;
       for (int i = 0; i < kForm.block / Simd::kLanes; ++i) {
         Vec x_r[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          x_r[r] = Simd::load(x + r * op.w.k + i * Simd::kLanes);
+        for (int r = 0; r < kRows; ++r, x += Simd::kLanes) {
+          x_r[r] = Simd::load(x);
         }
-        for (int c = 0; c < kColumns; ++c) {
-          const Vec w = Format::dequantize(group[c], weight + c * rows.stride + i * kVecBytes);
+        for (int c = 0; c < kSide; ++c) {
+          const Vec v = Format::dequantize(group[c], weight + c * rows.stride + i * kVecBytes);
           for (int r = 0; r < kRows; ++r) {
-            sums[r][c] = Simd::fma(w, x_r[r], sums[r][c]);
+            side[r][c] = Simd::fma(v, x_r[r], side[r][c]);
           }
         }
       }
       weight += kBlockBytes;
-      x += kForm.block;
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (Vec& sum : sums[r]) {
-      sum = Format::in_order(sum);
+    for (int c = 0; c < kSide; ++c) {
+      sums[r][first + c] = Format::in_order(side[r][c]);
     }
+  }
+}
+
+template <typename Simd, Form kForm, int kRows>
+void direct_tile(const QuantizedLinear& op, const float* packed, std::int64_t n, std::int64_t columns) {
+  constexpr int kSide = Simd::direct_columns(kRows);
+  const WeightRows<Simd, kForm> rows(op.w, n, columns);
+  typename Simd::Vec sums[kRows][kColumns];
+  for (int first = 0; first < kColumns; first += kSide) {
+    direct_sums<Simd, kForm, kRows, kSide>(op.w, packed, rows, first, sums);
+  }
+  for (int r = 0; r < kRows; ++r) {
     store_columns<Simd>(sums[r], op.y + r * op.w.n + n, columns);
   }
 }
@@ -252,9 +266,21 @@ void dequantize_and_multiply(const QuantizedLinear& op, float* panel, std::int64
   multiply<Simd>(op, panel, n_begin, n_end);
 }
 
+// [k / kLanes, rows, kLanes]
+template <typename Simd, Form kForm>
+void pack(const QuantizedLinear& op, float* packed) {
+  using Format = typename Simd::template Format<kForm.bits, kForm.is_float>;
+  for (std::int64_t row = 0; row < op.rows; ++row) {
+    const float* x = x_row<Simd>(op, row);
+    for (std::int64_t i = 0; i < op.w.k; i += Simd::kLanes) {
+      Simd::store(packed + i * op.rows + row * Simd::kLanes, Format::packed_order(Simd::load(x + i)));
+    }
+  }
+}
+
 template <typename Simd, Form kForm, int kRows = 1>
 void direct(const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end) {
-  if constexpr (kRows < Simd::kDirectRows) {
+  if constexpr (kRows < Simd::kNearRows) {
     if (op.rows > kRows) {
       direct<Simd, kForm, kRows + 1>(op, packed, n_begin, n_end);
       return;
@@ -300,17 +326,9 @@ constexpr LinearKernels make_linear_kernels(const char* name) {
   return {
       .name = name,
       .max_direct_rows = Simd::kDirectRows,
-      .pack =
-          [](const QuantizedLinear& op, float* packed) {
-            with_form<Simd>(op.w, [&]<Form kForm>() {
-              for (std::int64_t row = 0; row < op.rows; ++row, packed += op.w.k) {
-                const float* x = x_row<Simd>(op, row);
-                for (std::int64_t i = 0; i < op.w.k; i += kBlock) {
-                  Simd::template Format<kForm.bits, kForm.is_float>::pack(x + i, packed + i);
-                }
-              }
-            });
-          },
+      .max_near_rows = Simd::kNearRows,
+      .pack = [](const QuantizedLinear& op,
+                 float* packed) { with_form<Simd>(op.w, [&]<Form kForm>() { pack<Simd, kForm>(op, packed); }); },
       .direct =
           [](const QuantizedLinear& op, const float* packed, std::int64_t n_begin, std::int64_t n_end) {
             with_form<Simd>(op.w, [&]<Form kForm>() { direct<Simd, kForm>(op, packed, n_begin, n_end); });
