@@ -34,7 +34,7 @@ def serves(server: ServerProcess) -> bool:
 
 
 def test_a_flood_is_answered() -> None:
-    """1,000 requests at once: all are answered; who can't be served is told so within 2 s (p99)."""
+    """1,000 requests at once: all are answered; who can't be served is told so within 3 s (p99)."""
 
     async def flood(url: str) -> tuple[list[Reply], list[Reply]]:
         requests = asyncio.gather(*(ask(url, CHAT, chat(max_tokens=8)) for _ in range(1000)))
@@ -54,8 +54,8 @@ def test_a_flood_is_answered() -> None:
     assert set(statuses) == {200, 429, 503} or set(statuses) == {200, 429}
     assert all(int(reply.headers["retry-after"]) >= 1 and reply.json()["error"]["code"] for reply in refusals)
     assert statuses[200] >= 32
-    assert p99_s < 2
-    assert all(reply.status == 200 for reply in healths) and health_s < 1
+    assert p99_s < 3
+    assert all(reply.status == 200 for reply in healths) and health_s < 2
 
 
 def test_clients_that_leave_are_forgotten() -> None:
