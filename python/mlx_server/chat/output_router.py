@@ -2,6 +2,8 @@
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, groupby
+from typing import Any
 
 from mlx_server.chat.incremental import Arguments, CallStart, Part, Text, Thought
 from mlx_server.chat.logprobs import LogprobTape
@@ -136,18 +138,31 @@ class OutputRouter:
 
 
 def join(events: Iterable[Event]) -> list[Event]:
-    """The same events, with deltas that follow one another as one."""
+    """The same events, with deltas that follow one another as one. Linear in their text, however many have piled up."""
     joined: list[Event] = []
-    for event in events:
-        last = joined[-1] if joined else None
-        match last, event:
-            case TextDelta(), TextDelta() if last.index == event.index:
-                logprobs = None if event.logprobs is None else [*(last.logprobs or []), *event.logprobs]
-                joined[-1] = TextDelta(last.text + event.text, logprobs, event.index)
-            case ReasoningDelta(), ReasoningDelta() if last.index == event.index:
-                joined[-1] = ReasoningDelta(last.text + event.text, event.index)
-            case ToolCallDelta(), ToolCallDelta() if (last.index, last.call_index) == (event.index, event.call_index):
-                joined[-1] = ToolCallDelta(event.call_index, last.arguments + event.arguments, event.index)
-            case _:
-                joined.append(event)
+    for channel, group in groupby(events, _channel):
+        deltas = list(group)
+        joined += deltas if channel is None or len(deltas) == 1 else [_join_deltas(deltas)]
     return joined
+
+
+def _channel(event: Event) -> tuple[object, ...] | None:
+    """What deltas that can be one have in common; None: no delta."""
+    match event:
+        case TextDelta() | ReasoningDelta():
+            return type(event), event.index
+        case ToolCallDelta():
+            return ToolCallDelta, event.index, event.call_index
+    return None
+
+
+def _join_deltas(deltas: Sequence[Any]) -> Event:
+    """Deltas of one channel."""
+    match deltas[0]:
+        case TextDelta(index=index):
+            parts = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+            return TextDelta("".join(delta.text for delta in deltas), [*chain(*parts)] if parts else None, index)
+        case ReasoningDelta(index=index):
+            return ReasoningDelta("".join(delta.text for delta in deltas), index)
+        case first:
+            return ToolCallDelta(first.call_index, "".join(delta.arguments for delta in deltas), first.index)
