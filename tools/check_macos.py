@@ -43,7 +43,7 @@ def build(mlx: Path) -> Path:
     environment = os.environ | {"PYTHON": sys.executable, "PATH": f"{tools}:{os.environ['PATH']}"}
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options], check=True, env=environment)
     subprocess.run(["cmake", "--build", BUILD], check=True, env=environment)
-    return BUILD / "_ext.abi3.so"
+    return BUILD / "csrc/_ext.abi3.so"
 
 
 def symbol_faults(extension: lief.MachO.Binary, libmlx: lief.MachO.Binary) -> list[str]:

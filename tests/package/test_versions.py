@@ -28,14 +28,14 @@ def test_mlx_is_pinned_once() -> None:
     run = pins(config["project"]["dependencies"], "mlx")
     assert len(run) == 1
     assert built == run == pins(extras["cpu"], "mlx") == pins(extras["cuda"], "mlx")
-    assert f"find_package(MLX {run.pop()} EXACT CONFIG REQUIRED)" in (ROOT / "CMakeLists.txt").read_text()
+    assert f"find_package(MLX {run.pop()} EXACT CONFIG REQUIRED)" in (ROOT / "csrc/CMakeLists.txt").read_text()
 
 
 def test_nanobind_is_pinned() -> None:
     config = project()
     built = pins(config["build-system"]["requires"], "nanobind")
     assert len(built) == 1
-    assert f"find_package(nanobind {built.pop()} EXACT CONFIG REQUIRED)" in (ROOT / "CMakeLists.txt").read_text()
+    assert f"find_package(nanobind {built.pop()} EXACT CONFIG REQUIRED)" in (ROOT / "csrc/CMakeLists.txt").read_text()
     assert len(pins(config["project"]["dependencies"], "nanobind-backend")) == 1
 
 
