@@ -56,6 +56,7 @@ float min(float, float);
 int min(int, int);
 }  // namespace metal
 using namespace metal;
+float log1p(float);
 template <typename T, int, int>
 struct simdgroup_matrix {
   T elements[2];

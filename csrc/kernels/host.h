@@ -200,6 +200,7 @@ inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x
 #define SIMD_BROADCAST(x, lane) mlx_server::host_simd_read(x, lane)
 #define EXP(x) std::exp(x)
 #define LOG(x) std::log(x)
+#define LOG1P(x) std::log1p(x)
 #define RSQRT(x) (1 / std::sqrt(x))
 #define TANH(x) std::tanh(x)
 #define COS(x) std::cos(x)

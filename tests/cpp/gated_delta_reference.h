@@ -2,6 +2,7 @@
 // tests compare with.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -22,6 +23,12 @@ std::vector<T> random(int size, float spread) {
     v = T(normal(rng));
   }
   return values;
+}
+
+// What the slot has of all slots' values.
+template <typename T>
+auto slot_of(std::vector<T>& values, int slot) {
+  return values.begin() + static_cast<long>(values.size() / kSlots) * slot;
 }
 
 // T is the dtype of everything but the state.
@@ -53,9 +60,25 @@ struct Case {
     state = random<float>(kSlots * value_heads * value_dim * key_dim, 0.3f);
     for (std::size_t i = 0; i < query_lens.size(); ++i) {
       slots.push_back(static_cast<std::int32_t>((i * 2 + 1) % kSlots));
+      if (fresh[i]) {  // no row may read what lies in its slot
+        std::fill_n(slot_of(conv_state, slots[i]), conv_state.size() / kSlots, T(NAN));
+        std::fill_n(slot_of(state, slots[i]), state.size() / kSlots, NAN);
+      }
     }
   }
 };
+
+// The same with one row whose tokens forget nearly nothing, so that errors add up, and write all of their value,
+// nothing or some.
+inline Case<float> without_decay(Case<float> c) {
+  std::fill(c.a_log.begin(), c.a_log.end(), 4.0f);
+  std::fill(c.dt_bias.begin(), c.dt_bias.end(), 0.0f);
+  std::fill(c.a.begin(), c.a.end(), -16.5f);
+  const auto third = static_cast<long>(c.b.size() / 3);
+  std::fill_n(c.b.begin(), third, 30.0f);
+  std::fill_n(c.b.begin() + third, third, -30.0f);
+  return c;
+}
 
 struct Result {
   std::vector<double> y, conv_state, state;
@@ -107,10 +130,9 @@ Result expected(const Case<T>& c) {
   for (const T& x : c.conv_state) r.conv_state.push_back(float(x));
   int token = 0;
   for (std::size_t row = 0; row < c.query_lens.size(); ++row) {
-    const std::size_t conv_size = r.conv_state.size() / kSlots, state_size = r.state.size() / kSlots;
     if (c.fresh[row]) {
-      std::fill_n(r.conv_state.begin() + static_cast<long>(c.slots[row] * conv_size), conv_size, 0.0);
-      std::fill_n(r.state.begin() + static_cast<long>(c.slots[row] * state_size), state_size, 0.0);
+      std::fill_n(slot_of(r.conv_state, c.slots[row]), r.conv_state.size() / kSlots, 0.0);
+      std::fill_n(slot_of(r.state, c.slots[row]), r.state.size() / kSlots, 0.0);
     }
     for (int t = 0; t < c.query_lens[row]; ++t) expected_token(c, token++, c.slots[row], r);
   }

@@ -11,8 +11,12 @@ using mlx_server::GatedDelta;
 using mlx_server::GatedDeltaKernel;
 using mlx_server::ThreadPool;
 
-void check_cpu(const GatedDeltaKernel& kernel, Case<float> c) {
+Case<float> filled(Case<float> c) {
   c.fill();
+  return c;
+}
+
+void check_cpu(const GatedDeltaKernel& kernel, Case<float> c) {
   const Result want = expected(c);
   ThreadPool pool(3);
   std::vector<float> y(want.y.size()), mixed(c.qkv.size());
@@ -42,10 +46,12 @@ void check_cpu(const GatedDeltaKernel& kernel, Case<float> c) {
 
 TEST(cpu_kernels_agree_with_the_recurrence) {
   for (const GatedDeltaKernel* kernel : mlx_server::gated_delta_kernels()) {
-    check_cpu(*kernel, {{1, 1, 1}, {0, 1, 0}, 2, 4, 16, 24, 4});
-    check_cpu(*kernel, {{9, 1, 64, 130}, {0, 0, 1, 0}, 1, 3, 32, 8, 2});
-    check_cpu(*kernel, {{65, 8}, {1, 0}, 2, 2, 8, 40, 5});
-    check_cpu(*kernel, {{100}, {0}, 1, 1, 128, 128, 4});
+    check_cpu(*kernel, filled({{1, 1, 1}, {0, 1, 0}, 2, 4, 16, 24, 4}));
+    check_cpu(*kernel, filled({{9, 1, 64, 130}, {0, 0, 1, 0}, 1, 3, 32, 8, 2}));
+    check_cpu(*kernel, filled({{65, 8}, {1, 0}, 2, 2, 8, 40, 5}));
+    check_cpu(*kernel, filled({{100}, {0}, 1, 1, 128, 128, 4}));
+    check_cpu(*kernel, filled({{3, 20}, {0, 1}, 2, 8, 8, 8, 4}));
+    check_cpu(*kernel, without_decay(filled({{2000}, {0}, 1, 1, 16, 8, 4})));
   }
 }
 

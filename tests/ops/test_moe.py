@@ -212,6 +212,19 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(form):
             assert mx.array_equal(block(0, tokens), alone[:tokens]), tokens
 
 
+@pytest.mark.parametrize("op", [moe_mlp, _ext.moe_mlp_fallback], ids=["op", "fallback"])
+@pytest.mark.parametrize("form", [PLAIN, Form(32, 4)], ids=str)
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_in_its_token(op, form, tokens, bad):
+    experts, choice, x = Experts(4, 32, 64, form), make_choice(tokens, 4, 2), make_x(tokens, 64)
+    y = np.array(experts(x, *choice, shared=x, op=op))
+    x[1] = bad
+    broken = np.array(experts(x, *choice, shared=x, op=op))
+    assert not np.isfinite(broken[1]).any()
+    np.testing.assert_array_equal(np.delete(broken, 1, 0), np.delete(y, 1, 0))
+
+
 @pytest.mark.parametrize("form", [PLAIN, Form(32, 4)], ids=str)
 def test_arrays_with_gaps(form):
     experts, choice = Experts(4, 32, 64, form), make_choice(6, 4, 2)
