@@ -12,7 +12,6 @@ from mlx_server.sampling_params import SamplingParams
 
 SOURCE = """
 {%- for message in messages %}{{ message.content }}
-    {%- if message.role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
 {%- endfor %}
 {%- if enable_thinking is defined and enable_thinking is false %} <no think>{% endif %}
 {%- if date_string is defined %} {{ date_string }}{% endif %}
@@ -84,11 +83,3 @@ def test_an_unknown_name_is_answered_with_the_known_ones(post: Post) -> None:
     assert message == (
         "`chat_template_kwargs.thinking`: the model's chat template reads only: date_string, enable_thinking."
     )
-
-
-def test_a_templates_own_refusal_is_a_400_with_its_message(backend: Backend, post: Post) -> None:
-    result = post(messages=[{"role": "system", "content": "Be brief."}])
-    assert result.status_code == 400
-    error = result.json["error"]
-    assert (error["message"], error["param"]) == ("System role not supported", "messages")
-    assert not backend.engine.submits

@@ -7,8 +7,11 @@ import pytest
 from anthropic._exceptions import OverloadedError
 from anthropic.types import ErrorResponse
 
-from fake_engine import Backend
+from fake_engine import END, Backend, ByteTokenizer
 from mlx_server.api.errors import ErrorReply, speaks_anthropic
+from mlx_server.chat.served_model import ServedModel
+from mlx_server.chat.template import ChatTemplate
+from mlx_server.sampling_params import SamplingParams
 
 NOWHERE = "/v1/messages/nowhere"
 ORIGIN = "http://localhost:3000"
@@ -95,6 +98,64 @@ def test_anthropics_types(status: int, kind: str, anthropics_status: int) -> Non
 def test_anthropics_client_knows_the_overload() -> None:
     """The status that its client has a class for."""
     assert OverloadedError.status_code == 529
+
+
+# --- what the model's chat template refuses ---
+
+REFUSING = """{% for message in messages %}{{ message.content }}
+    {%- if message.content == "no" %}{{ raise_exception("Not this") }}{% endif %}{% endfor %}"""
+ASKED = {"messages": [{"role": "user", "content": "no"}]}
+
+
+@pytest.fixture
+def refusing(backend: Backend) -> falcon.testing.TestClient:
+    model = ServedModel("tiny", ByteTokenizer(), ChatTemplate(REFUSING), [END], SamplingParams())
+    return make_client(backend, model=model)
+
+
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        ("/v1/chat/completions", ASKED, "messages"),
+        ("/v1/chat/completions", ASKED | {"stream": True}, "messages"),
+        ("/v1/responses", {"input": "no"}, "input"),
+        ("/v1/responses", {"input": "no", "stream": True}, "input"),
+        ("/apply-template", ASKED, "messages"),
+        ("/tokenize", ASKED, "messages"),
+    ],
+)
+def test_a_template_refuses_in_openais_envelope(
+    backend: Backend, refusing: falcon.testing.TestClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    result = refusing.simulate_post(path, json={"model": "tiny"} | body)
+    assert result.status_code == 400
+    assert result.headers["content-type"] == "application/json"
+    error = {
+        "message": "Not this",
+        "type": "invalid_request_error",
+        "param": param,
+        "code": "chat_template_error",
+    }
+    assert result.json == {"error": error}
+    assert not backend.engine.submits
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("/v1/messages", {"max_tokens": 9}),
+        ("/v1/messages", {"max_tokens": 9, "stream": True}),
+        ("/v1/messages/count_tokens", {}),
+    ],
+)
+def test_a_template_refuses_in_anthropics_envelope(
+    backend: Backend, refusing: falcon.testing.TestClient, path: str, fields: dict[str, Any]
+) -> None:
+    result = refusing.simulate_post(path, json={"model": "tiny"} | ASKED | fields)
+    assert result.headers["content-type"] == "application/json"
+    message = check_anthropic(result, 400, "invalid_request_error", "chat_template_error")
+    assert message == "Not this"
+    assert not backend.engine.submits
 
 
 # --- CORS ---
