@@ -1,4 +1,8 @@
-"""One layer of Qwen3-Next's linear attention: our op beside the same from MLX's ops, as mlx-lm computes it."""
+"""One layer of Qwen3-Next's linear attention: our op beside MLX's `gated_delta_update` and mlx-lm's.
+
+Both peers get what a convolution in MLX's ops has made. mlx-lm's is a kernel on Metal and a loop over the tokens
+elsewhere.
+"""
 
 import mlx.core as mx
 import pytest
@@ -12,23 +16,35 @@ TAPS = 4
 SLOTS = {n: mx.arange(n, dtype=mx.int32) for n in {len(rows) for rows in BATCHES.values()}}
 
 
-def mlx_ops(qkv, conv_weight, a, b, a_log, dt_bias, conv_state, state, *, query_lens, num_key_heads, key_head_dim):
-    """Rows of one length, each in the slot of its number: a convolution, then MLX's own gated_delta_update."""
-    rows, length = len(query_lens), query_lens[0]
-    x = mx.concatenate([conv_state, qkv.reshape(rows, length, -1)], axis=1)
+def convolved(qkv, conv_weight, conv_state, rows, key_heads, key_dim, value_shape):
+    """q, k, v [B, T, H, D] of rows of one length, and the new conv_state."""
+    x = mx.concatenate([conv_state, qkv.reshape(rows, -1, qkv.shape[-1])], axis=1)
     mixed = mx.conv1d(x, conv_weight[..., None], groups=x.shape[-1])
     mixed = mixed * mx.sigmoid(mixed)
-    keys = num_key_heads * key_head_dim
+    keys = key_heads * key_dim
     q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
-    q, k = (part.reshape(rows, length, num_key_heads, key_head_dim) for part in (q, k))
-    scale = key_head_dim**-0.5
+    q, k = (part.reshape(*part.shape[:2], key_heads, key_dim) for part in (q, k))
+    scale = key_dim**-0.5
     q = scale**2 * mx.fast.rms_norm(q, None, 1e-6 * scale**2)
     k = scale * mx.fast.rms_norm(k, None, 1e-6 * scale**2)
-    v = v.reshape(rows, length, *state.shape[1:3])
-    gates = mx.exp(-mx.exp(a_log) * mx.logaddexp(a + dt_bias, 0.0)).reshape(rows, length, -1)
-    beta = mx.sigmoid(b).reshape(rows, length, -1)
-    y, new_state = mx.fast.gated_delta_update(q, k, v, gates, beta, state)
-    return y.reshape(rows * length, *y.shape[2:]), x[:, -(TAPS - 1) :], new_state
+    return q, k, v.reshape(*v.shape[:2], *value_shape), x[:, -(TAPS - 1) :]
+
+
+def mlx_ops(qkv, conv_weight, a, b, a_log, dt_bias, conv_state, state, *, query_lens, num_key_heads, key_head_dim):
+    rows = len(query_lens)  # each in the slot of its number
+    q, k, v, conv_state = convolved(qkv, conv_weight, conv_state, rows, num_key_heads, key_head_dim, state.shape[1:3])
+    gates = mx.exp(-mx.exp(a_log) * mx.logaddexp(a + dt_bias, 0.0)).reshape(rows, -1, a.shape[-1])
+    y, state = mx.fast.gated_delta_update(q, k, v, gates, mx.sigmoid(b).reshape(gates.shape), state)
+    return y.flatten(0, 1), conv_state, state
+
+
+def mlx_lm(qkv, conv_weight, a, b, a_log, dt_bias, conv_state, state, *, query_lens, num_key_heads, key_head_dim):
+    rows = len(query_lens)
+    q, k, v, conv_state = convolved(qkv, conv_weight, conv_state, rows, num_key_heads, key_head_dim, state.shape[1:3])
+    a, b = (part.reshape(rows, -1, part.shape[-1]) for part in (a, b))
+    update = pytest.importorskip("mlx_lm.models.gated_delta").gated_delta_update
+    y, state = update(q, k, v, a, b, a_log, dt_bias, state)
+    return y.flatten(0, 1), conv_state, state
 
 
 def make_inputs(shape, batch):
@@ -46,7 +62,7 @@ def ours(*inputs, query_lens, **heads):
     return gated_delta(*inputs, slots=SLOTS[len(query_lens)], query_lens=query_lens, fresh=fresh, **heads)
 
 
-@pytest.mark.parametrize("op", [ours, mlx_ops], ids=["mlx-server", "MLX"])
+@pytest.mark.parametrize("op", [ours, mlx_ops, mlx_lm], ids=["mlx-server", "MLX", "mlx-lm"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_gated_delta(benchmark, op, shape, batch):
@@ -62,4 +78,5 @@ def bench_gated_delta(benchmark, op, shape, batch):
     assert mx.abs(conv_state - expected_conv).max().item() == 0
     assert mx.abs(state - expected_state).max().item() < 1e-3
     benchmark.group = f"gated_delta, one layer of {shape}: {batch}"
-    benchmark.pedantic(run, rounds=30 if op is ours or "decode" in batch else 3, warmup_rounds=30 if op is ours else 3)
+    rounds = 30 if op is ours or "decode" in batch else 3 if op is mlx_ops else 1
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=30 if op is ours else min(rounds, 3))
