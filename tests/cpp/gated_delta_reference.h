@@ -68,6 +68,18 @@ struct Case {
   }
 };
 
+// The same with one head, of whose tokens from the 10th on some forget everything, and 60 have equal keys, where the
+// triangle is hardest to solve.
+inline Case<float> forgetful(Case<float> c) {
+  c.a_log[0] = 4;
+  for (int t = 10; t < 70; ++t) {
+    std::copy_n(c.qkv.begin() + 10 * c.channels(), c.channels(), c.qkv.begin() + t * c.channels());
+    c.a[static_cast<std::size_t>(t)] = t >= 30 && t < 40 ? 30.0f : -8.0f;
+    c.b[static_cast<std::size_t>(t)] = 8;
+  }
+  return c;
+}
+
 // The same with one row whose tokens forget nearly nothing, so that errors add up, and write all of their value,
 // nothing or some.
 inline Case<float> without_decay(Case<float> c) {

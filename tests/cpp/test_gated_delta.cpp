@@ -51,6 +51,7 @@ TEST(cpu_kernels_agree_with_the_recurrence) {
     check_cpu(*kernel, filled({{65, 8}, {1, 0}, 2, 2, 8, 40, 5}));
     check_cpu(*kernel, filled({{100}, {0}, 1, 1, 128, 128, 4}));
     check_cpu(*kernel, filled({{3, 20}, {0, 1}, 2, 8, 8, 8, 4}));
+    check_cpu(*kernel, forgetful(filled({{80}, {0}, 1, 1, 32, 32, 4})));
     check_cpu(*kernel, without_decay(filled({{2000}, {0}, 1, 1, 16, 8, 4})));
   }
 }
