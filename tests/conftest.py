@@ -39,3 +39,13 @@ def demo_gguf() -> Path:
     from mlx_server.checkpoint.progress import NoProgress  # noqa: PLC0415
 
     return fetch_demo(NoProgress())
+
+
+@pytest.fixture(scope="module")
+def batch_invariant() -> "Iterator[None]":
+    """The batch-invariant mode, for the rest of the module."""
+    from mlx_server.ops.kernels import set_batch_invariant  # noqa: PLC0415 - only its users need MLX
+
+    set_batch_invariant(True)
+    yield
+    set_batch_invariant(False)

@@ -15,6 +15,7 @@
 #include "common/thread_pool.h"
 #include "gated_delta/gated_delta_cpu.h"
 #include "gated_delta/gated_delta_gpu.h"
+#include "kernels/kernel_use.h"
 
 namespace mlx_server {
 
@@ -80,7 +81,8 @@ class GatedDeltaPrimitive : public mx::Primitive {
       : Primitive(stream),
         query_lens_(in.query_lens),
         fresh_(in.fresh.begin(), in.fresh.end()),
-        num_key_heads_(in.num_key_heads) {}
+        num_key_heads_(in.num_key_heads),
+        one_by_one_(is_batch_invariant()) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     std::vector<mx::array> arrays;
@@ -111,7 +113,8 @@ class GatedDeltaPrimitive : public mx::Primitive {
                   .num_key_heads = num_key_heads_,
                   .num_value_heads = arrays[7].shape(1),
                   .key_dim = arrays[7].shape(3),
-                  .value_dim = arrays[7].shape(2)};
+                  .value_dim = arrays[7].shape(2),
+                  .one_by_one = one_by_one_};
     encoder.dispatch([op, query_lens = query_lens_, fresh = fresh_]() mutable {
       op.query_lens = query_lens;
       op.fresh = fresh;
@@ -125,7 +128,8 @@ class GatedDeltaPrimitive : public mx::Primitive {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const GatedDeltaPrimitive&>(other);
-    return query_lens_ == o.query_lens_ && fresh_ == o.fresh_ && num_key_heads_ == o.num_key_heads_;
+    return query_lens_ == o.query_lens_ && fresh_ == o.fresh_ && num_key_heads_ == o.num_key_heads_ &&
+           one_by_one_ == o.one_by_one_;
   }
 
   DEFINE_NAME(GatedDelta)
@@ -134,6 +138,7 @@ class GatedDeltaPrimitive : public mx::Primitive {
   std::vector<int> query_lens_;
   std::vector<char> fresh_;
   int num_key_heads_;
+  bool one_by_one_;
 };
 
 Outputs gated_delta_cpu(const GatedDeltaInputs& in, mx::Stream s) {

@@ -21,7 +21,8 @@ struct GatedDelta {
   std::span<const int> query_lens;  // [B]
   std::span<const char> fresh;      // [B]
   int taps, num_key_heads, num_value_heads;
-  int key_dim, value_dim;  // multiples of 8
+  int key_dim, value_dim;   // multiples of 8
+  bool one_by_one = false;  // no chunks of tokens, so that it does not matter how a prompt is cut
 
   int num_heads() const { return 2 * num_key_heads + num_value_heads; }  // of q, k and v
   int num_channels() const { return 2 * num_key_heads * key_dim + num_value_heads * value_dim; }

@@ -1,5 +1,6 @@
-// Rows of few tokens take one launch, gated_delta_step. Prompts take three: gated_delta_conv, then gated_delta_chunk
-// for all chunks at once, then gated_delta_scan, which carries the states through the chunks.
+// Rows of few tokens take one launch, gated_delta_step; all rows in the batch-invariant mode. Prompts take three:
+// gated_delta_conv, then gated_delta_chunk for all chunks at once, then gated_delta_scan, which carries the states
+// through the chunks.
 #include "gated_delta/gated_delta_gpu.h"
 
 #include <algorithm>
@@ -86,7 +87,7 @@ Plan make_plan(const GatedDeltaInputs& in, bool can_chunk) {
 // written when a kernel first reads it, which takes longer than a decode.
 const Plan& plan_of(const GatedDeltaInputs& in) {
   static thread_local std::optional<Plan> last;
-  const bool can_chunk = in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 16 == 0 &&
+  const bool can_chunk = !is_batch_invariant() && in.key_head_dim <= kMaxChunkedKeyDim && in.key_head_dim % 16 == 0 &&
                          in.state.shape(2) % 4 == 0 &&
                          are_enabled({"gated_delta_conv", "gated_delta_chunk", "gated_delta_scan"});
   if (!last || last->query_lens != in.query_lens || last->fresh != in.fresh || last->can_chunk != can_chunk) {

@@ -350,7 +350,7 @@ void scan(const GatedDelta& op, const GatedDeltaRow& row, int value_head) {
   if (row.fresh) {
     std::fill_n(head.state, dv * dk, 0.0f);
   }
-  if (n <= kFewTokens) {
+  if (n <= kFewTokens || op.one_by_one) {
     for (int t = 0; t < n; ++t) {
       step(head, t, static_cast<float>(std::exp(log_decay[static_cast<std::size_t>(t)])));
     }

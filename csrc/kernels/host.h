@@ -152,6 +152,14 @@ struct HostMatrix {
     }
   }
 
+  void add(const HostMatrix& other) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) {
+        x[i][j] += other.x[i][j];
+      }
+    }
+  }
+
   void scale_rows(const float* factors) {
     for (int i = 0; i < 16; ++i) {
       for (float& value : x[i]) {
@@ -173,6 +181,14 @@ void host_load(float* to, const T* from) {
   host_check_aligned<N>(from);
   for (int i = 0; i < N; ++i) {
     to[i] = float(from[i]);
+  }
+}
+
+template <int N, typename T>
+void host_store(T* to, const float* from) {
+  host_check_aligned<N>(to);
+  for (int i = 0; i < N; ++i) {
+    to[i] = T(from[i]);
   }
 }
 
@@ -218,6 +234,7 @@ inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x
 #define LOAD4(to, from) mlx_server::host_load4(to, from)
 #define STORE4(to, from) mlx_server::host_store4(to, from)
 #define COPY(N, to, from) mlx_server::host_copy<N>(to, from)
+#define STORE(N, to, from) mlx_server::host_store<N>(to, from)
 #define MATRIX_LEFT(T) mlx_server::HostMatrix
 #define MATRIX_RIGHT(T) mlx_server::HostMatrix
 #define MATRIX_SUM mlx_server::HostMatrix
@@ -226,6 +243,7 @@ inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x
 #define MATRIX_LOAD_TRANSPOSED(b, from, stride) b.load(from, 1, stride)
 #define MATRIX_ZERO(c) c = {}
 #define MATRIX_MULTIPLY_ADD(c, a, b) c.multiply_add(a, b)
+#define MATRIX_ADD(c, d) c.add(d)
 #define MATRIX_SCALE_ROWS(c, factors) c.scale_rows(factors)
 #define MATRIX_STORE(c, to, stride) c.store(to, stride, LANE)
 #define LOAD(N, to, from) mlx_server::host_load<N>(to, from)

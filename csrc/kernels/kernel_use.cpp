@@ -20,6 +20,8 @@ Names& launched() {
   return names;
 }
 
+bool batch_invariant = false;
+
 }  // namespace
 
 void disable_kernel(const std::string& name) { disabled().insert(name); }
@@ -32,6 +34,10 @@ std::string_view first_enabled(std::initializer_list<std::string_view> names) {
   const auto* const found = std::ranges::find_if(names, [](std::string_view name) { return are_enabled({name}); });
   return found == names.end() ? std::string_view() : *found;
 }
+
+void set_batch_invariant(bool wanted) { batch_invariant = wanted; }
+
+bool is_batch_invariant() { return batch_invariant; }
 
 void note_launch(std::string_view name) {
   if (!launched().contains(name)) {

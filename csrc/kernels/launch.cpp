@@ -3,6 +3,7 @@
 #include <sstream>
 #include <string_view>
 #include <unordered_map>
+#include <variant>
 
 #include <mlx/backend/metal/metal.h>
 
@@ -56,6 +57,12 @@ mx::fast::CustomKernelFunction make_kernel(const std::string& name, const Kernel
 }
 
 }  // namespace
+
+bool has_matrix_units(mx::Device device) {
+  const auto& info = mx::device_info(device);
+  const auto major = info.find("compute_capability_major");
+  return major == info.end() || std::get<std::size_t>(major->second) >= 8;
+}
 
 std::vector<mx::array> launch(const KernelSource& source, const KernelLaunch& launch, mx::Stream s) {
   static thread_local std::unordered_map<std::string, mx::fast::CustomKernelFunction> kernels;

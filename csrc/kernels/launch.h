@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <mlx/array.h>
+#include <mlx/device.h>
 #include <mlx/fast.h>
 #include <mlx/utils.h>
 
@@ -26,6 +27,9 @@ struct KernelLaunch {
   std::array<int, 3> groups;
   int threads;  // of a group, a multiple of 32; the kernel knows it as THREADS
 };
+
+// Whether the GPU has what kernels' MATRIX_… need: on Metal always, on CUDA from compute capability 8 on.
+bool has_matrix_units(mlx::core::Device device);
 
 // The kernel's outputs. s is a GPU stream.
 std::vector<mlx::core::array> launch(const KernelSource& source, const KernelLaunch& launch, mlx::core::Stream s);

@@ -114,7 +114,9 @@ mx::array linear(const mx::array& x, const mx::array& weight, mx::StreamOrDevice
   if (stream.device == mx::Device::cpu && form) {
     return launch(x, *form, {weight}, stream);
   }
-  return mx::astype(mx::matmul(x, mx::transpose(weight, stream), stream), x.dtype(), stream);
+  const auto y = stream.device == mx::Device::gpu ? linear_gpu(x, weight, stream)
+                                                  : mx::matmul(x, mx::transpose(weight, stream), stream);
+  return mx::astype(y, x.dtype(), stream);
 }
 
 mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,

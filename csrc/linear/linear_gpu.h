@@ -9,6 +9,9 @@
 
 namespace mlx_server {
 
+// linear (linear.h) on a GPU stream. The arguments are valid.
+mlx::core::array linear_gpu(const mlx::core::array& x, const mlx::core::array& weight, mlx::core::Stream s);
+
 // quantized_linear (linear.h) on a GPU stream, by what is fastest there for this number of rows. The arguments are
 // valid.
 mlx::core::array quantized_linear_gpu(const mlx::core::array& x, const mlx::core::array& weight,

@@ -1,7 +1,9 @@
 #include "moe/moe_gpu.h"
 
 #include <bit>
+#include <sstream>
 
+#include "common/op_error.h"
 #include "kernel_sources.h"
 #include "kernels/kernel_use.h"
 #include "kernels/launch.h"
@@ -29,14 +31,28 @@ bool has_kernel(const ExpertMatrix& matrix, mx::Dtype dtype) {
 // 32 if the matrix is plain.
 int bits(const ExpertMatrix& matrix) { return matrix.scales ? matrix.bits : 32; }
 
-// Whether kernels compute it token by token: with more of them, most experts would be read several times.
-bool has_few_tokens(const mx::array& x, const mx::array& experts, const ExpertMatrix& gate, const ExpertMatrix& up,
-                    const ExpertMatrix& down) {
-  const int num_experts = gate.weight.shape(0), n = gate.weight.shape(1);
-  return are_enabled({"moe_hidden", "moe_output"}) &&
-         (x.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= num_experts) && x.shape(1) % 32 == 0 &&
-         n % 32 == 0 && has_kernel(gate, x.dtype()) && has_kernel(up, x.dtype()) && has_kernel(down, x.dtype()) &&
+std::string form(const ExpertMatrix& matrix) {
+  std::ostringstream text;
+  if (matrix.scales) {
+    text << matrix.mode << ' ' << matrix.bits << " bits in groups of " << matrix.group_size << ' '
+         << matrix.scales->dtype();
+  } else {
+    text << matrix.weight.dtype();
+  }
+  text << ' ' << matrix.weight.shape();
+  return text.str();
+}
+
+// Whether kernels can compute it token by token.
+bool has_kernels(const mx::array& x, const ExpertMatrix& gate, const ExpertMatrix& up, const ExpertMatrix& down) {
+  return are_enabled({"moe_hidden", "moe_output"}) && x.shape(1) % 32 == 0 && gate.weight.shape(1) % 32 == 0 &&
+         has_kernel(gate, x.dtype()) && has_kernel(up, x.dtype()) && has_kernel(down, x.dtype()) &&
          bits(gate) == bits(up) && gate.group_size == up.group_size;
+}
+
+// With more tokens, most experts would be read several times.
+bool are_few(const mx::array& experts, const ExpertMatrix& gate) {
+  return experts.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= gate.weight.shape(0);
 }
 
 // The weight, its scales and biases; a plain matrix stands for all three.
@@ -88,6 +104,9 @@ mx::array many_tokens(const mx::array& x, const mx::array& experts, const mx::ar
 std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Scoring scoring, bool normalize,
                                           mx::Stream s) {
   const bool has_kernel = top_k <= 32 && logits.shape(1) <= 1024 && logits.size() > 0 && are_enabled({"moe_route"});
+  if (!has_kernel && is_batch_invariant() && logits.size() > 0) {
+    op_error("route", "no kernel chooses ", top_k, " of ", logits.shape(1), " experts token by token");
+  }
   if (!has_kernel) {
     return route_fallback(logits, top_k, scoring, normalize, s);
   }
@@ -112,8 +131,13 @@ mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::ar
                       const ExpertMatrix& up, const ExpertMatrix& down, const std::optional<mx::array>& shared,
                       mx::Stream s) {
   const bool is_empty = x.size() == 0 || experts.size() == 0;
-  if (!is_empty && has_few_tokens(x, experts, gate, up, down)) {
+  const bool is_covered = has_kernels(x, gate, up, down);
+  if (!is_empty && is_covered && (are_few(experts, gate) || is_batch_invariant())) {
     return few_tokens(x, experts, weights, gate, up, down, shared, s);
+  }
+  if (!is_empty && is_batch_invariant()) {
+    op_error("moe_mlp", "no kernel computes experts token by token whose gate is ", form(gate), ", up ", form(up),
+             " and down ", form(down), ", for x ", x.dtype());
   }
   if (!is_empty && are_enabled({"moe_join"})) {
     return many_tokens(x, experts, weights, gate, up, down, shared, s);

@@ -9,6 +9,7 @@
 #include <mlx/utils.h>
 
 #include "common/op_error.h"
+#include "kernels/kernel_use.h"
 
 namespace mlx_server {
 
@@ -17,15 +18,49 @@ namespace mx = mlx::core;
 namespace {
 
 constexpr int kPrefillQueries = 8;  // with fewer, reading the context for each query alone is faster
+constexpr int kMaxSplits = 4096;    // of a launch: each takes a float for each feature of its query
 
-// Integers, `columns` in each row. None if there are no rows.
+// Integers, `columns` in each row.
 template <int kColumns>
-std::optional<mx::array> int_array(const std::vector<std::array<int, kColumns>>& rows) {
-  if (rows.empty()) {
-    return std::nullopt;
-  }
+mx::array int_array(const std::vector<std::array<int, kColumns>>& rows) {
   return mx::array(rows.data()->data(), {static_cast<int>(rows.size()), kColumns}, mx::int32);
 }
+
+// The splits of queries, cut into launches.
+class DecodeBuilder {
+ public:
+  // The query of `token`, which sees keys [begin, end).
+  void add(int table, int token, int begin, int end) {
+    const int first = static_cast<int>(splits_.size());
+    while (begin < end) {
+      const int split_end = std::min((begin / kAttentionSplit + 1) * kAttentionSplit, end);
+      splits_.push_back({table, token, begin, split_end});
+      begin = split_end;
+    }
+    queries_.push_back({first, static_cast<int>(splits_.size()) - first});
+    if (splits_.size() >= kMaxSplits) {
+      flush();
+    }
+  }
+
+  std::vector<DecodeTables> finish() {
+    flush();
+    return std::move(tables_);
+  }
+
+ private:
+  void flush() {
+    if (!queries_.empty()) {
+      tables_.push_back({int_array<4>(splits_), int_array<2>(queries_)});
+      splits_.clear();
+      queries_.clear();
+    }
+  }
+
+  std::vector<std::array<int, 4>> splits_;
+  std::vector<std::array<int, 2>> queries_;
+  std::vector<DecodeTables> tables_;
+};
 
 // Where each of the tokens is.
 std::optional<mx::array> order_of(const std::vector<int>& tokens) {
@@ -71,24 +106,19 @@ const AttentionTables& AttentionBatch::tables(int window, int tile_queries) cons
 
 AttentionTables AttentionBatch::make_tables(int window, int tile_queries) const {
   AttentionTables tables;
-  std::vector<std::array<int, 4>> splits;
-  std::vector<std::array<int, 2>> queries;
+  DecodeBuilder decodes;
   std::vector<std::array<int, 6>> tiles;
   std::vector<int> tokens, prefill_tokens;
   for (int b = 0, token = 0; b < num_rows(); token += query_lens_[b++]) {
     const int query_len = query_lens_[b], first_pos = context_lens_[b] - query_len;
     const int table = b * block_tables_.shape(1);
-    for (int i = 0; query_len < kPrefillQueries && i < query_len; ++i) {
-      const int end = first_pos + i + 1, first_split = static_cast<int>(splits.size());
-      for (int begin = std::max(0, end - window); begin < end;) {
-        const int split_end = std::min((begin / kAttentionSplit + 1) * kAttentionSplit, end);
-        splits.push_back({table, token + i, begin, split_end});
-        begin = split_end;
-      }
-      queries.push_back({first_split, static_cast<int>(splits.size()) - first_split});
+    const bool is_one_by_one = query_len < kPrefillQueries || is_batch_invariant();
+    for (int i = 0; is_one_by_one && i < query_len; ++i) {
+      const int end = first_pos + i + 1;
+      decodes.add(table, token + i, std::max(0, end - window), end);
       tokens.push_back(token + i);
     }
-    for (int i = 0; query_len >= kPrefillQueries && i < query_len; ++i) {
+    for (int i = 0; !is_one_by_one && i < query_len; ++i) {
       if (i % tile_queries == 0) {
         const int num_queries = std::min(tile_queries, query_len - i);
         tiles.push_back(
@@ -99,9 +129,10 @@ AttentionTables AttentionBatch::make_tables(int window, int tile_queries) const 
   }
   // The last queries of a prompt see most keys: the longest first.
   std::ranges::stable_sort(tiles, std::greater<>{}, [](const auto& tile) { return tile[4]; });
-  tables.splits = int_array<4>(splits);
-  tables.queries = int_array<2>(queries);
-  tables.tiles = int_array<6>(tiles);
+  tables.decodes = decodes.finish();
+  if (!tiles.empty()) {
+    tables.tiles = int_array<6>(tiles);
+  }
   tables.num_prefill_tokens = static_cast<int>(prefill_tokens.size());
   tokens.insert(tokens.end(), prefill_tokens.begin(), prefill_tokens.end());
   tables.order = order_of(tokens);

@@ -10,12 +10,17 @@
 
 namespace mlx_server {
 
-// What the GPU kernels know of a batch: rows of few queries go query by query through attention_decode, the others
-// through attention_prefill.
+// Queries for one launch of attention_decode.
+struct DecodeTables {
+  mlx::core::array splits;   // [S, 4], see attention_decode.kernel
+  mlx::core::array queries;  // [Q, 2], see attention_combine.kernel
+};
+
+// What the GPU kernels know of a batch: rows of few queries, or all in the batch-invariant mode, go query by query
+// through attention_decode, the others through attention_prefill.
 struct AttentionTables {
-  std::optional<mlx::core::array> splits;   // [S, 4], see attention_decode.kernel
-  std::optional<mlx::core::array> queries;  // [Q, 2], see attention_combine.kernel
-  std::optional<mlx::core::array> tiles;    // [N, 6], see attention_prefill.kernel
+  std::vector<DecodeTables> decodes;
+  std::optional<mlx::core::array> tiles;  // [N, 6], see attention_prefill.kernel
   int num_prefill_tokens = 0;
   std::optional<mlx::core::array> order;  // [T]: where each token is in both outputs; none if they are in order
 };

@@ -4,10 +4,8 @@
 #include <string>
 #include <string_view>
 #include <utility>
-#include <variant>
 #include <vector>
 
-#include <mlx/device.h>
 #include <mlx/ops.h>
 
 #include "kernel_sources.h"
@@ -57,16 +55,16 @@ struct Call {
   int head_groups(int heads) const { return pool.num_heads() * ((sharing() + heads - 1) / heads); }
 };
 
-// The batch's rows of few queries: [Q, H, D].
-mx::array decode(const Call& call, const AttentionTables& tables) {
+// Queries one by one: [Q, H, D].
+mx::array decode(const Call& call, const DecodeTables& tables) {
   const int heads = std::min(static_cast<int>(std::bit_ceil(static_cast<unsigned>(call.sharing()))), 8);
-  const int num_splits = tables.splits->shape(0), num_queries = tables.queries->shape(0);
+  const int num_splits = tables.splits.shape(0), num_queries = tables.queries.shape(0);
   const int num_heads = call.num_heads(), head_dim = call.head_dim();
   Constants constants = call.constants(heads);
   constants.emplace_back("SPLIT", kAttentionSplit);
   const auto splits = launch(kernel_sources::attention_decode,
                              {.inputs = {call.q, call.pool.keys, call.pool.values, call.key_scales(),
-                                         call.value_scales(), call.batch.block_tables(), *tables.splits},
+                                         call.value_scales(), call.batch.block_tables(), tables.splits},
                               .output_shapes = {{num_splits, num_heads, head_dim}, {num_splits, num_heads, 2}},
                               .output_dtypes = {mx::float32, mx::float32},
                               .constants = std::move(constants),
@@ -74,7 +72,7 @@ mx::array decode(const Call& call, const AttentionTables& tables) {
                               .threads = kThreads},
                              call.stream);
   return launch(kernel_sources::attention_combine,
-                {.inputs = {splits[0], splits[1], *tables.queries, call.sinks()},
+                {.inputs = {splits[0], splits[1], tables.queries, call.sinks()},
                  .output_shapes = {{num_queries, num_heads, head_dim}},
                  .output_dtypes = {call.q.dtype()},
                  .constants = {{"T", call.q.dtype()},
@@ -84,13 +82,6 @@ mx::array decode(const Call& call, const AttentionTables& tables) {
                  .groups = {num_heads, num_queries, 1},
                  .threads = 64},
                 call.stream)[0];
-}
-
-// Metal's matrix units are in every Mac with MLX; on CUDA the kernel's instructions begin with compute capability 8.
-bool has_matrix_units(mx::Device device) {
-  const auto& info = mx::device_info(device);
-  const auto major = info.find("compute_capability_major");
-  return major == info.end() || std::get<std::size_t>(major->second) >= 8;
 }
 
 // How attention of many queries is computed.
@@ -134,14 +125,14 @@ mx::array paged_attention_gpu(const mx::array& q, const KVPool& pool, const Atte
   const Prefill choice = choose_prefill(call);
   const AttentionTables& tables =
       batch.tables(options.window.value_or(std::numeric_limits<int>::max()), choice.tile_queries);
-  const bool can_decode = !tables.queries || are_enabled({"attention_decode", "attention_combine"});
+  const bool can_decode = tables.decodes.empty() || are_enabled({"attention_decode", "attention_combine"});
   const bool can_prefill = !tables.tiles || choice.is_enabled;
   if (!can_decode || !can_prefill) {
     return paged_attention_fallback(q, pool, batch, options, s);
   }
   std::vector<mx::array> outputs;
-  if (tables.queries) {
-    outputs.push_back(decode(call, tables));
+  for (const DecodeTables& part : tables.decodes) {
+    outputs.push_back(decode(call, part));
   }
   if (tables.tiles) {
     outputs.push_back(prefill(call, tables, choice));

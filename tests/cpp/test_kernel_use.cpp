@@ -32,4 +32,12 @@ TEST(launches_are_told_once) {
   CHECK(take_launched_kernels().empty());
 }
 
+TEST(batches_may_matter_unless_it_is_forbidden) {
+  CHECK(!is_batch_invariant());
+  set_batch_invariant(true);
+  CHECK(is_batch_invariant());
+  set_batch_invariant(false);
+  CHECK(!is_batch_invariant());
+}
+
 }  // namespace
