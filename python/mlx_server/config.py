@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()  # names that Host may have, beside this machine's own
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server
     kv_bits: int | None = None  # of the KV cache's elements: 8, or None for the model's dtype
+    batch_invariant: bool = False  # the same bits in any batch, also on GPUs
     strict: bool = False  # refuse fields that the API does not have
     memory_limit: str | None = None  # of weights, caches and scratch together: `memory_bytes` reads it
     max_queue: int = 128  # requests that may wait

@@ -31,6 +31,7 @@ SETTINGS = [
 ]
 # Flags without a value: flag, variable, field.
 SWITCHES = [
+    ("--batch-invariant", "MLX_SERVER_BATCH_INVARIANT", "batch_invariant"),
     ("--strict", "MLX_SERVER_STRICT", "strict"),
     ("--require-key", "MLX_SERVER_REQUIRE_KEY", "require_key"),
 ]

@@ -1,15 +1,18 @@
 """What the check of kernels does with stand-ins for ops, and the cases of real ops on the default device."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from mlx_server.engine import kernel_cases as kernel_cases_module
 from mlx_server.engine import kernel_check, warm_up
 from mlx_server.engine.kernel_cases import kernel_cases
 from mlx_server.engine.kernel_check import Check, check_kernels
+from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
 
 PARITY = Path(__file__).parents[1] / "models" / "parity"
@@ -34,6 +37,10 @@ def nan() -> list[mx.array]:
 
 def raising() -> list[mx.array]:
     raise RuntimeError("unknown type name 'simd'")
+
+
+def refusing() -> list[mx.array]:
+    raise ValueError("[op] no kernel computes it.")
 
 
 class StandIn:
@@ -89,6 +96,30 @@ def test_what_is_used_instead_is_checked_too(monkeypatch):
     assert op.disabled == ["best", "other"]
 
 
+@pytest.mark.parametrize(
+    "kernels, what",
+    [
+        ([("best", wrong), ("other", right)], "the op, by best: the largest difference is 0.5"),
+        ([("best", raising), ("other", right)], "the op, by best: unknown type name 'simd'"),
+        ([], "the op: [op] no kernel computes it"),
+    ],
+)
+def test_the_batch_invariant_mode_does_without_no_kernel(monkeypatch, kernels, what):
+    monkeypatch.setattr(kernel_check, "is_batch_invariant", lambda: True)
+    op = StandIn(monkeypatch, *kernels)
+    if not kernels:
+        monkeypatch.setattr(op, "run", refusing)
+    with pytest.raises(ModelLoadError, match=re.escape("--batch-invariant can't be kept on ") + ".*" + re.escape(what)):
+        op.check()
+    assert op.disabled == []
+
+
+def test_an_exact_check_allows_no_difference(monkeypatch):
+    op = StandIn(monkeypatch, ("best", nearly_right), ("other", right))
+    check_kernels([Check("the op", op.run, right, exact=True)])
+    assert op.disabled == ["best"]
+
+
 def test_integers_must_be_equal(monkeypatch):
     def ids(last: int) -> list[mx.array]:
         return [mx.array([1000, last])]
@@ -132,6 +163,19 @@ def test_a_models_ops_agree_with_their_references(caplog, name, kv_bits):
     assert ("linear (decode of 1)" in names) == ("4bit" in name)
     assert ("experts (prefill)" in names) == ("qwen3_moe" in name or "qwen3_next" in name)
     assert ("gated delta (prefill)" in names) == ("qwen3_next" in name)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe/mlx-4bit", "qwen3_next/mlx-4bit"])
+def test_the_batch_invariant_modes_cases(monkeypatch, caplog, name):
+    """Also of plain matrices, and whether rows are alike."""
+    monkeypatch.setattr(kernel_cases_module, "is_batch_invariant", lambda: True)
+    model = load_model(str(PARITY / name))
+    cases = list(kernel_cases(model, None))
+    check_kernels(cases)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    names = [case.name for case in cases]
+    forms = {(matrix.num_columns, matrix.weight.shape) for matrix in model.matrices}
+    assert names.count("linear") == names.count("linear (of rows alone)") == len(forms)
 
 
 def test_nothing_is_checked_on_the_cpu(monkeypatch):

@@ -278,6 +278,14 @@ def _option(name: str, flag: str, variable: str, parser: Parser, text: str) -> C
     _kv_bits,
     "8: hold the KV cache as 8-bit integers, for about twice as many tokens (four times on the CPU).",
 )
+@_option(
+    "batch_invariant",
+    "--batch-invariant",
+    "MLX_SERVER_BATCH_INVARIANT",
+    _flag,
+    "Compute each request to the same bits whatever runs beside it. Slower on GPUs; CPUs do so anyway, but for "
+    "recurrent models.",
+)
 @_option("strict", "--strict", "MLX_SERVER_STRICT", _flag, "Refuse requests with fields that the API does not have.")
 @_option(
     "tool_parser",

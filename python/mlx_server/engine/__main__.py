@@ -21,6 +21,7 @@ from mlx_server.engine.transport import EngineServer
 from mlx_server.engine.warm_up import check_model_kernels, measure_step, warm_up
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.loader import load_model
+from mlx_server.ops.kernels import set_batch_invariant
 from mlx_server.pulse import Pulse
 
 log = logging.getLogger("mlx_server.engine")  # __name__ is "__main__" here
@@ -64,6 +65,7 @@ def start(launch: Launch, memory_share: float, pipe: status.StatusPipe) -> tuple
     """
     pipe.send(status.Loading("weights"))
     begin = time.monotonic()
+    set_batch_invariant(launch.settings.batch_invariant)
     model = load_model(launch.model.path)
     grammars = Grammars.of_model(Path(launch.model.path), model.vocab_size)  # made while the model warms up
     log.info("weights loaded in %.1f s", time.monotonic() - begin)

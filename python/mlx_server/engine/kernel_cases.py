@@ -5,19 +5,19 @@ The model itself says what its layers ask for: it is called, lazily, with a cont
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_server.engine.kernel_check import Check
 from mlx_server.models.base import KVSpec, Model, StateSpec
-from mlx_server.models.layers import QuantizedMatrix
+from mlx_server.models.layers import Matrix, QuantizedMatrix
 from mlx_server.models.moe import SparseMoE
 from mlx_server.ops import fallbacks
 from mlx_server.ops.activation import gelu_mul, silu_mul
 from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, pool_arrays, write_kv
 from mlx_server.ops.gated_delta import gated_delta
+from mlx_server.ops.kernels import is_batch_invariant
 from mlx_server.ops.moe import moe_mlp, route
 from mlx_server.ops.rope import rope
 from mlx_server.ops.sampling import SampleTables, make_rows, sample, sample_fallback
@@ -26,6 +26,7 @@ BLOCK_SIZE = 16
 ATTENTION_ROWS = {"decode": [(1, 37), (1, 300)], "prefill": [(40, 40), (24, 290)]}  # queries and context of each row
 STATE_ROWS = {"decode": [1, 1], "prefill": [70, 20]}  # tokens of each row
 LINEAR_TOKENS = {"decode of 1": 1, "decode of 3": 3, "decode of 8": 8}
+INVARIANT_TOKENS = 20  # more than a tile's rows
 SAMPLED_TOP = 20  # log-probabilities
 
 
@@ -103,7 +104,7 @@ def kernel_cases(model: Model, kv_bits: int | None) -> Iterator[Check]:
     if notes.state is not None and model.state_spec is not None:
         for name, query_lens in STATE_ROWS.items():
             yield state_case(f"gated delta ({name})", model.state_spec, notes.state, query_lens)
-    for matrix in {(m.weight.shape, m.quantization): m for m in model.quantized}.values():
+    for matrix in {_matrix_form(matrix): matrix for matrix in model.matrices}.values():
         yield from linear_cases(matrix)
     for block in {_form(block): block for block in model.sparse_blocks}.values():
         yield from block_cases(block, model.kv_spec.dtype)
@@ -207,21 +208,43 @@ def state_case(name: str, spec: StateSpec, call: StateCall, query_lens: list[int
     return Check(name, lambda: compute(gated_delta), lambda: compute(fallbacks.gated_delta_fallback))
 
 
-def linear_cases(matrix: QuantizedMatrix) -> Iterator[Check]:
-    """Of few tokens: many are MLX's."""
-    group_size, bits, mode = matrix.quantization.group_size, matrix.quantization.bits, matrix.quantization.mode
-    num_columns = matrix.weight.shape[1] * 32 // bits
+def linear_cases(matrix: Matrix | QuantizedMatrix) -> Iterator[Check]:
+    """Of few tokens: many are MLX's, and so are plain matrices, but for the batch-invariant mode."""
+    if is_batch_invariant():
+        yield linear_case("linear", matrix, INVARIANT_TOKENS)
+        yield invariance_case(matrix)
+    elif isinstance(matrix, QuantizedMatrix):
+        yield from (linear_case(f"linear ({name})", matrix, tokens) for name, tokens in LINEAR_TOKENS.items())
 
-    def case(name: str, num_tokens: int) -> Check:
-        x = normal((num_tokens, num_columns), matrix.dtype)
+
+def linear_case(name: str, matrix: Matrix | QuantizedMatrix, num_tokens: int) -> Check:
+    x = normal((num_tokens, matrix.num_columns), matrix.dtype)
+
+    def product(rows: mx.array) -> mx.array:
+        if isinstance(matrix, Matrix):
+            return rows @ matrix.weight.T
+        group_size, bits, mode = matrix.quantization.group_size, matrix.quantization.bits, matrix.quantization.mode
         arrays = matrix.weight, matrix.scales, matrix.biases
-        return Check(
-            f"linear ({name})",
-            lambda: [matrix.linear(x)],
-            lambda: [mx.quantized_matmul(x, *arrays, group_size=group_size, bits=bits, mode=mode)],
-        )
+        return mx.quantized_matmul(rows, *arrays, group_size=group_size, bits=bits, mode=mode)
 
-    return starmap(case, LINEAR_TOKENS.items())
+    # MLX's product of more than 8 rows wants matrices of whole tiles.
+    return Check(
+        name,
+        lambda: [matrix.linear(x)],
+        lambda: [mx.concatenate([product(x[begin : begin + 8]) for begin in range(0, num_tokens, 8)])],
+    )
+
+
+def invariance_case(matrix: Matrix | QuantizedMatrix) -> Check:
+    """Kernels are compiled for the rows of a tile: the compiler might order a row's sums by them."""
+    x = normal((INVARIANT_TOKENS, matrix.num_columns), matrix.dtype)
+    parts = [x[:1], x[1:4], x[4:]]
+    return Check(
+        "linear (of rows alone)",
+        lambda: [matrix.linear(x)],
+        lambda: [mx.concatenate([matrix.linear(part) for part in parts])],
+        exact=True,
+    )
 
 
 def routing_case(name: str, block: SparseMoE, logits: mx.array) -> Check:
@@ -266,6 +289,10 @@ def sampling_case(name: str, vocab_size: int, *, adjusted: bool) -> Check:
         rows["bias_end"], rows["history_end"] = 2, len(history)
         rows["repetition_penalty"], rows["frequency_penalty"], rows["presence_penalty"] = 1.2, 0.3, 0.2
     return Check(name, lambda: sample(logits, rows, tables), lambda: sample_fallback(logits, rows, tables))
+
+
+def _matrix_form(matrix: Matrix | QuantizedMatrix) -> tuple[object, ...]:
+    return matrix.weight.shape, matrix.quantization if isinstance(matrix, QuantizedMatrix) else None
 
 
 def _form(block: SparseMoE) -> tuple[object, ...]:

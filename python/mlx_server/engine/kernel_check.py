@@ -1,7 +1,8 @@
 """Compares the kernels that a model needs with their references on this GPU, before any request is served.
 
 A kernel is proved on other hardware and compiled here for the first time. One that does not compile or gives other
-numbers than MLX's own ops is not used: the op takes its next best way, which is compared in turn.
+numbers than MLX's own ops is not used: the op takes its next best way, which is compared in turn. The batch-invariant
+mode has no other way: there the model is not served.
 """
 
 import logging
@@ -13,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_server.ops.kernels import disable_kernel, take_launched_kernels
+from mlx_server.errors import ModelLoadError
+from mlx_server.ops.kernels import disable_kernel, is_batch_invariant, take_launched_kernels
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +29,15 @@ Numbers = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One op on one kind of batch. Each call computes anew, on the same values; integers must be equal."""
+    """One op on one kind of batch. Each call computes anew, on the same values; integers must be equal.
+
+    exact: so must all numbers.
+    """
 
     name: str
     run: Run
     reference: Run
+    exact: bool = False
 
 
 def check_kernels(checks: Iterable[Check]) -> None:
@@ -51,6 +57,9 @@ def _check(check: Check) -> bool:
     while (fault := _fault(check, expected)) is not None:
         kernels = take_launched_kernels()
         names = ", ".join(kernels) or "MLX's own ops"
+        if is_batch_invariant():
+            by = f", by {names}" if kernels else ""
+            raise ModelLoadError(f"--batch-invariant can't be kept on {device_name()}: {check.name}{by}: {fault}")
         log.warning("%s is wrong on %s with %s: %s", check.name, device_name(), names, fault)
         if not kernels:
             break
@@ -72,7 +81,8 @@ def _fault(check: Check, expected: list[Numbers]) -> str | None:
         with np.errstate(invalid="ignore"):
             difference = np.where(ours == theirs, 0, np.abs(ours - theirs)).max(initial=0)
         finite = np.abs(theirs[np.isfinite(theirs)])
-        if not difference <= TOLERANCE.get(output.dtype, 0) * finite.max(initial=0):
+        tolerance = 0 if check.exact else TOLERANCE.get(output.dtype, 0)
+        if not difference <= tolerance * finite.max(initial=0):
             return f"the largest difference is {difference:.3g}, of numbers up to {finite.max(initial=0):.3g}"
     return None
 

@@ -18,7 +18,10 @@ STEP_TOKENS = 64
 
 
 def check_model_kernels(model: Model, kv_bits: int | None) -> None:
-    """On a GPU, disable those of the model's kernels that don't compute there what they should."""
+    """On a GPU, disable those of the model's kernels that don't compute there what they should.
+
+    ModelLoadError if that would end the batch-invariant mode.
+    """
     if mx.default_device().type == mx.gpu:
         check_kernels(kernel_cases(model, kv_bits))
         mx.clear_cache()

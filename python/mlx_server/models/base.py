@@ -7,7 +7,7 @@ import mlx.core as mx
 import msgspec
 
 if TYPE_CHECKING:
-    from mlx_server.models.layers import QuantizedMatrix
+    from mlx_server.models.layers import Matrix, QuantizedMatrix
     from mlx_server.models.moe import SparseMoE
 
 
@@ -125,8 +125,8 @@ class Model(Protocol):
         ...
 
     @property
-    def quantized(self) -> "Sequence[QuantizedMatrix]":
-        """The quantized matrices of linear layers and embeddings."""
+    def matrices(self) -> "Sequence[Matrix | QuantizedMatrix]":
+        """Those of linear layers and embeddings."""
         ...
 
     @property

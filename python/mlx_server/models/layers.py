@@ -26,6 +26,7 @@ class Matrix:
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
+        self.num_columns, self.dtype = weight.shape[1], weight.dtype
 
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
@@ -41,7 +42,7 @@ class QuantizedMatrix:
 
     def __init__(self, weights: Weights, num_rows: int, num_columns: int, quantization: Quantization) -> None:
         self.quantization = quantization
-        self.dtype = weights.dtype
+        self.num_columns, self.dtype = num_columns, weights.dtype
         affine = quantization.mode == "affine"
         if num_columns % quantization.group_size:
             raise ModelLoadError(
@@ -77,12 +78,17 @@ class QuantizedMatrix:
 
 def take_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | QuantizedMatrix:
     """The matrix at the prefix of `weights`, quantized or not as the checkpoint says."""
+    matrix = _make_matrix(weights, num_rows, num_columns)
+    weights.matrices.append(matrix)
+    return matrix
+
+
+def _make_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | QuantizedMatrix:
     quantization = weights.quantization()
     if quantization is None:
         return Matrix(weights.take("weight", (num_rows, num_columns)))
     matrix = QuantizedMatrix(weights, num_rows, num_columns, quantization)
     if is_computable(quantization, weights.dtype):
-        weights.quantized.append(matrix)
         return matrix
     dense = matrix.dense()
     weights.taken.append(dense)
@@ -253,7 +259,7 @@ class CausalLM:
         self.kv_spec = KVSpec(args.num_hidden_layers, args.num_kv_heads, args.head_size, weights.dtype, window)
         self.state_spec: StateSpec | None = None
         self.sparse_blocks: Sequence[SparseMoE] = []
-        self.quantized: Sequence[QuantizedMatrix] = weights.quantized
+        self.matrices: Sequence[Matrix | QuantizedMatrix] = weights.matrices
         self.context_length = rope.parameters.context_length(args.max_position_embeddings)
         self.vocab_size = args.vocab_size
 

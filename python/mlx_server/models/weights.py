@@ -8,7 +8,7 @@ from mlx_server.errors import ModelLoadError
 from mlx_server.models.quantize import Quantization, QuantizationPlan
 
 if TYPE_CHECKING:
-    from mlx_server.models.layers import QuantizedMatrix
+    from mlx_server.models.layers import Matrix, QuantizedMatrix
 
 
 class Weights:
@@ -25,12 +25,12 @@ class Weights:
         dtype: mx.Dtype,
         prefix: str = "",
         taken: list[mx.array] | None = None,
-        quantized: "list[QuantizedMatrix] | None" = None,
+        matrices: "list[Matrix | QuantizedMatrix] | None" = None,
     ) -> None:
         self.source = source  # begins each error message: the model's path
         self.dtype = dtype
         self.taken = [] if taken is None else taken
-        self.quantized = [] if quantized is None else quantized  # the matrices made of what was taken
+        self.matrices = [] if matrices is None else matrices  # those made of what was taken
         self._tensors = tensors
         self._plan = plan
         self._prefix = prefix
@@ -38,7 +38,7 @@ class Weights:
     def at(self, name: str) -> "Weights":
         """The tensors whose names go on with `name` and a dot."""
         prefix = f"{self._prefix}{name}."
-        return Weights(self.source, self._tensors, self._plan, self.dtype, prefix, self.taken, self.quantized)
+        return Weights(self.source, self._tensors, self._plan, self.dtype, prefix, self.taken, self.matrices)
 
     @property
     def name(self) -> str:
