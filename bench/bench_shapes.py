@@ -1,6 +1,8 @@
-"""Models of real shapes with random 4-bit weights from prompt to answer: our engine and mlx-lm, for GPUs."""
+"""Models of real shapes with random 4-bit weights from prompt to answer: our engine, the same in its batch-invariant
+mode, and mlx-lm, for GPUs."""
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_server.models.loader import ARCHITECTURES
 from mlx_server.models.quantize import read_plan
 from mlx_server.models.weights import Weights
+from mlx_server.ops.kernels import set_batch_invariant
 
 pytestmark = pytest.mark.skipif(mx.default_device() == mx.Device(mx.cpu), reason="gigabytes of weights, for GPUs")
 
@@ -103,15 +106,18 @@ def peer(request) -> tuple[str, nn.Module]:
     return request.param, random_model(SHAPES[request.param])
 
 
-@pytest.fixture(scope="module", params=["mlx-server", "mlx-lm"])
-def complete(request, peer) -> Complete:
+@pytest.fixture(scope="module", params=["mlx-server", "batch-invariant", "mlx-lm"])
+def complete(request, peer) -> Iterator[Complete]:
     shape, model = peer
     if request.param == "mlx-lm":
-        return mlx_lm(model)
+        yield mlx_lm(model)
+        return
     config = SHAPES[shape] | {"quantization": QUANTIZATION}
     tensors: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = Weights(shape, tensors, read_plan(config, shape), mx.bfloat16)
-    return ours(ARCHITECTURES[config["model_type"]](config, weights))
+    set_batch_invariant(request.param == "batch-invariant")
+    yield ours(ARCHITECTURES[config["model_type"]](config, weights))
+    set_batch_invariant(False)
 
 
 @pytest.mark.parametrize(("num_streams", "prompt_tokens", "answer_tokens"), LOADS)
