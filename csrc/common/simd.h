@@ -14,15 +14,21 @@ constexpr std::size_t kLanes = 8;
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Ints = std::int32_t __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
 
+// A vector in memory, at any address.
+template <typename Vec>
+struct [[gnu::packed, gnu::may_alias]] Unaligned {
+  Vec v;
+};
+
 // Vectors are passed by reference: by value, the calling convention would depend on the instruction set.
 template <typename Vec, typename T>
 inline void load(Vec& v, const T* p) {
-  std::memcpy(&v, p, sizeof(v));
+  v = reinterpret_cast<const Unaligned<Vec>*>(p)->v;
 }
 
 template <typename Vec, typename T>
 inline void store(T* p, const Vec& v) {
-  std::memcpy(p, &v, sizeof(v));
+  reinterpret_cast<Unaligned<Vec>*>(p)->v = v;
 }
 
 // x = exp(x) for x <= 0, relative error below 2e-7; 0 where the result would be subnormal, exactly 1 for 0, NaN for

@@ -12,8 +12,8 @@ namespace {
 
 // Query heads in a tile: enough to use a chunk of keys many times while it is in the L1 cache.
 constexpr int kTileHeads = 32;
-// Rows of fewer queries have too few tiles for all threads: each split of their context is a task of its own.
-constexpr int kManyQueries = 8;
+// Where a row has fewer for each thread, every split of its context is a task of its own.
+constexpr int kTilesPerThread = 4;
 
 struct Splits {
   int first, end;
@@ -24,15 +24,16 @@ Splits splits_of(const PagedAttention& op, const AttentionTile& tile) {
   return {begin / kSplitSize, (end - 1) / kSplitSize + 1};
 }
 
+int tile_queries(const PagedAttention& op) { return std::max(1, kTileHeads * op.num_kv_heads / op.num_heads); }
+
 std::vector<AttentionTile> make_tiles(const PagedAttention& op) {
-  const int tile_queries = std::max(1, kTileHeads * op.num_kv_heads / op.num_heads);
   std::vector<AttentionTile> tiles;
   int token = 0;
   for (int row = 0; row < static_cast<int>(op.query_lens.size()); ++row) {
     const int query_len = op.query_lens[row], first_pos = op.context_lens[row] - query_len;
     // The last queries see most keys: longest tiles first.
-    for (int end = query_len; end > 0; end -= tile_queries) {
-      const int begin = std::max(0, end - tile_queries);
+    for (int end = query_len; end > 0; end -= tile_queries(op)) {
+      const int begin = std::max(0, end - tile_queries(op));
       for (int kv_head = 0; kv_head < op.num_kv_heads; ++kv_head) {
         tiles.push_back({row, kv_head, token + begin, first_pos + begin, end - begin});
       }
@@ -201,7 +202,8 @@ void paged_attention(const PagedAttention& op, ThreadPool& pool, const Attention
   std::vector<AttentionTile> tiles = make_tiles(op);
   const auto split = std::ranges::stable_partition(tiles, [&](const AttentionTile& tile) {
     const auto [first, end] = splits_of(op, tile);
-    return end - first == 1 || op.query_lens[tile.row] >= kManyQueries;
+    const int row_tiles = op.query_lens[tile.row] / tile_queries(op) * op.num_kv_heads;
+    return end - first == 1 || row_tiles >= kTilesPerThread * pool.num_threads();
   });
   SplitTiles split_tiles(op, {split.begin(), split.end()});
   tiles.erase(split.begin(), split.end());

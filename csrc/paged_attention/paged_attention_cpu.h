@@ -1,6 +1,7 @@
 // Attention over a paged KV cache on CPUs: plain pointers, no MLX. paged_attention.h says what is computed.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -52,11 +53,13 @@ struct AttentionPart {
 
 constexpr int kSplitSize = 512;  // keys
 
-constexpr int kChunkSize = 64;  // keys that are taken at a time
+// Keys that are taken at a time, so that they stay in the L1 cache, beside their values.
+constexpr int kMaxChunkSize = 64;
+constexpr int attention_chunk_size(int head_dim) { return std::clamp(4096 / head_dim / 8 * 8, 8, kMaxChunkSize); }
 
-// Floats for the scaled queries, and for a chunk of keys and values made from integers.
+// Floats for the scaled queries, and for two chunks of keys and values made from integers.
 constexpr std::size_t attention_scratch_size(std::size_t num_heads, std::size_t head_dim) {
-  return (num_heads + 2 * kChunkSize) * head_dim;
+  return (num_heads + 4 * kMaxChunkSize) * head_dim;
 }
 
 struct AttentionKernel {
