@@ -108,7 +108,7 @@ def core(demo_gguf: Path) -> EngineCore:
         model,
         num_blocks=512,
         max_batch_tokens=256,
-        max_running=16,
+        max_running=48,
         grammars=Grammars.of_model(demo_gguf, model.vocab_size),
     )
 
