@@ -64,3 +64,10 @@ def test_exceptions_are_caught_narrowly() -> None:
         if isinstance(node, ast.ExceptHandler) and goes_on_after_anything(node)
     }
     assert found == BROAD_EXCEPTS
+
+
+def test_every_kernel_runs_in_a_cpp_test() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests/cpp").glob("test_*.cpp"))
+    kernels = [path.relative_to(ROOT / "csrc").as_posix() for path in CPP if path.suffix == ".kernel"]
+    assert kernels
+    assert [kernel for kernel in kernels if f'#include "{kernel}"' not in tests] == []
