@@ -197,11 +197,11 @@ TEST(matrix_agrees_with_the_definition) {
 }
 
 TEST(a_row_of_matrix_does_not_depend_on_the_rows_beside_it) {
-  constexpr int kRows = 40, kColumns = 6, kDim = 672;
+  constexpr int kRows = 20, kColumns = 6, kDim = 352;
   const Matrix<HostBfloat16, 4> matrix(1, kColumns, kDim, 32);
   const auto x = random<HostBfloat16>(kRows * kDim);
-  const auto together = multiply_matrix<HostBfloat16, 4, 32, 64, 4, 4>(x, kRows, kDim, matrix);
-  for (int r = 0; r < kRows; ++r) {
+  const auto together = multiply_matrix<HostBfloat16, 4, 32, 32, 4, 4>(x, kRows, kDim, matrix);
+  for (const int r : {0, 15, 16, kRows - 1}) {
     const auto row = row_of(x, r, kDim);
     CHECK(is_row(multiply_matrix<HostBfloat16, 4, 32, 16, 4, 1>(row, 1, kDim, matrix), together, r, kColumns));
   }
