@@ -68,14 +68,15 @@ struct Case {
   }
 };
 
-// The same with one head, of whose tokens from the 10th on some forget everything, and 60 have equal keys, where the
-// triangle is hardest to solve.
+// The same with one head, which forgets everything at 10 tokens and little at others, of which 30 have equal keys,
+// where the triangle is hardest to solve.
 inline Case<float> forgetful(Case<float> c) {
   c.a_log[0] = 4;
-  for (int t = 10; t < 70; ++t) {
-    std::copy_n(c.qkv.begin() + 10 * c.channels(), c.channels(), c.qkv.begin() + t * c.channels());
-    c.a[static_cast<std::size_t>(t)] = t >= 30 && t < 40 ? 30.0f : -8.0f;
-    c.b[static_cast<std::size_t>(t)] = 8;
+  std::fill(c.a.begin(), c.a.end(), -8.0f);
+  std::fill_n(c.a.begin() + 10, 10, 30.0f);
+  std::fill_n(c.b.begin() + 40, 30, 8.0f);
+  for (int t = 41; t < 70; ++t) {
+    std::copy_n(c.qkv.begin() + 40 * c.channels(), c.channels(), c.qkv.begin() + t * c.channels());
   }
   return c;
 }

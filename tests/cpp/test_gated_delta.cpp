@@ -19,7 +19,7 @@ Case<float> filled(Case<float> c) {
 void check_cpu(const GatedDeltaKernel& kernel, Case<float> c) {
   const Result want = expected(c);
   ThreadPool pool(3);
-  std::vector<float> y(want.y.size()), mixed(c.qkv.size());
+  std::vector<float> y(want.y.size(), NAN), mixed(c.qkv.size(), NAN);
   mlx_server::gated_delta({.qkv = c.qkv.data(),
                            .conv_weight = c.conv_weight.data(),
                            .a = c.a.data(),

@@ -101,7 +101,8 @@ struct Problem {
   // y of tokens [begin, end)
   Floats solve(const LinearKernels& kernels, ThreadPool& pool, std::int64_t begin, std::int64_t end,
                bool with_shared = true) const {
-    Floats hidden(static_cast<std::size_t>((end - begin) * top_k * n)), y(static_cast<std::size_t>((end - begin) * d));
+    Floats hidden(static_cast<std::size_t>((end - begin) * top_k * n), NAN);
+    Floats y(static_cast<std::size_t>((end - begin) * d), NAN);
     mlx_server::moe_mlp({.x = x.data() + begin * d,
                          .experts = experts.data() + begin * top_k,
                          .weights = weights.data() + begin * top_k,
