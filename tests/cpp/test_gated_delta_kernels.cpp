@@ -27,13 +27,13 @@ void conv_kernel(const T* qkv, const T* conv_weight, const C* conv_state, const 
 
 template <typename T, int KEY_HEADS, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int THREADS>
 void chunk_kernel(const float* mixed, const T* a, const T* b, const T* a_log, const T* dt_bias, const int* chunks,
-                  float* left, float* right, float* added, float* products, float* decays) {
+                  float* parts, float* added, float* decays) {
 #include "gated_delta/gated_delta_chunk.kernel"
 }
 
-template <typename T, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM>
-void scan_kernel(const float* left, const float* right, const float* added, const float* products, const float* decays,
-                 const float* state, const int* slots, const int* rows, T* y, int* written, float* written_values) {
+template <typename T, int KEY_DIM, int VALUE_HEADS, int VALUE_DIM, int THREADS>
+void scan_kernel(const float* parts, const float* added, const float* decays, const float* state, const int* slots,
+                 const int* rows, T* y, int* written, float* written_values) {
 #include "gated_delta/gated_delta_scan.kernel"
 }
 
@@ -104,8 +104,8 @@ void run_chunks(Launch<T>& run, int min_tokens) {
   const Rows rows(c, min_tokens, INT_MAX);
   const std::size_t cells = static_cast<std::size_t>(rows.num_chunks() * VALUE_HEADS);
   std::vector<T> conv(c.conv_state.size() / kSlots * rows.places.size());
-  std::vector<float> mixed(c.qkv.size()), left(cells * KEY_DIM * 2 * kChunk), right(cells * kChunk * KEY_DIM),
-      added(cells * kChunk * VALUE_DIM), products(cells * kChunk * kChunk), decays(cells);
+  std::vector<float> mixed(c.qkv.size()), parts(cells * (3 * KEY_DIM + kChunk) * kChunk),
+      added(cells * kChunk * VALUE_DIM), decays(cells);
   host_launch({2 * KEY_HEADS + VALUE_HEADS, rows.num_chunks(), 1}, 64, [&] {
     conv_kernel<T, T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, TAPS, 64>(
         c.qkv.data(), c.conv_weight.data(), c.conv_state.data(), c.slots.data(), rows.rows.data(), rows.chunks.data(),
@@ -113,13 +113,13 @@ void run_chunks(Launch<T>& run, int min_tokens) {
   });
   host_launch({VALUE_HEADS, rows.num_chunks(), 1}, kThreads, [&] {
     chunk_kernel<T, KEY_HEADS, KEY_DIM, VALUE_HEADS, VALUE_DIM, kThreads>(
-        mixed.data(), c.a.data(), c.b.data(), c.a_log.data(), c.dt_bias.data(), rows.chunks.data(), left.data(),
-        right.data(), added.data(), products.data(), decays.data());
+        mixed.data(), c.a.data(), c.b.data(), c.a_log.data(), c.dt_bias.data(), rows.chunks.data(), parts.data(),
+        added.data(), decays.data());
   });
   host_launch({(VALUE_DIM + kValues - 1) / kValues, VALUE_HEADS, rows.count()}, kThreads, [&] {
-    scan_kernel<T, KEY_DIM, VALUE_HEADS, VALUE_DIM>(left.data(), right.data(), added.data(), products.data(),
-                                                    decays.data(), run.state.data(), c.slots.data(), rows.rows.data(),
-                                                    run.y.data(), &run.written, run.written_values.data());
+    scan_kernel<T, KEY_DIM, VALUE_HEADS, VALUE_DIM, kThreads>(parts.data(), added.data(), decays.data(),
+                                                              run.state.data(), c.slots.data(), rows.rows.data(),
+                                                              run.y.data(), &run.written, run.written_values.data());
   });
   write_conv(run, rows, conv);
 }
