@@ -26,7 +26,7 @@ namespace {
 class LentMemory {
  public:
   LentMemory(const mx::array& lender, mx::array& borrower) : owner_(lender.data_shared_ptr()) {
-    borrower.set_data(std::move(*owner_), lender.data_size(), lender.strides(), lender.flags(), lender.offset());
+    borrower.set_data(std::move(*owner_), borrower.size(), lender.strides(), lender.flags(), lender.offset());
     borrowed_ = borrower.data_shared_ptr().get();
   }
 
@@ -63,22 +63,29 @@ class WriteRowsPrimitive : public mx::UnaryPrimitive {
     });
   }
 
-  // MLX's scatter writes in place if the pool is its alone, so it borrows the pool's memory. That MLX sees an output in
-  // that memory is what makes later reads wait for it on the device.
+  // MLX's scatter writes in place if the pool is its alone and fills its buffer, so it borrows the pool's memory, with
+  // as many rows as fill the buffer. That MLX sees an output in that memory is what makes later reads wait for
+  // it on the device.
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     const mx::array& pool = inputs[0];
     const void* const buffer = pool.buffer().ptr();
+    mx::Shape shape = pool.shape();
+    const std::size_t row_bytes = pool.nbytes() / std::max(shape[0], 1);
+    if (row_bytes > 0) {
+      shape[0] = std::max(shape[0], static_cast<int>((pool.buffer_size() + row_bytes - 1) / row_bytes));
+    }
     std::vector<mx::array> scatter_inputs = inputs, scatter_outputs;
-    scatter_inputs[0] = mx::array(pool.shape(), pool.dtype(), nullptr, {});
+    scatter_inputs[0] = mx::array(shape, pool.dtype(), nullptr, {});
     // With its primitive: the scatter asks its output for the stream.
-    scatter_outputs.emplace_back(pool.shape(), pool.dtype(), scatter_, std::vector<mx::array>{});
-    bool in_place;
+    scatter_outputs.emplace_back(shape, pool.dtype(), scatter_, std::vector<mx::array>{});
     {
       const LentMemory lent(pool, scatter_inputs[0]);
       scatter_->eval_gpu(scatter_inputs, scatter_outputs);
-      in_place = scatter_outputs[0].buffer().ptr() == buffer;
+      if (pool.size() > 0 && scatter_outputs[0].buffer().ptr() != buffer) {
+        throw std::runtime_error("[write_rows] MLX's scatter did not write in place.");
+      }
     }
-    out.copy_shared_buffer(in_place ? pool : scatter_outputs[0]);
+    out.copy_shared_buffer(pool);
   }
 
   DEFINE_NAME(WriteRows)
