@@ -1,3 +1,4 @@
+#include <mlx/backend/cuda/cuda.h>
 #include <mlx/ops.h>
 
 #include "elementwise/elementwise.h"
@@ -14,6 +15,10 @@ constexpr int kMinSortedRows = 64;  // from here on reading each expert once pay
 // x [..., 1, K], experts [...]  ->  [..., 1, N]
 mx::array expert_linear(const mx::array& x, const ExpertMatrix& matrix, const mx::array& experts, bool sorted,
                         mx::Stream s) {
+  if (!matrix.scales && x.size() > 0 && mx::cu::is_available() && s.device == mx::Device::gpu) {
+    return mx::matmul(x, mx::swapaxes(mx::take(matrix.weight, experts, 0, s), -1, -2, s),
+                      s);  // gather_mm is wrong there
+  }
   if (!matrix.scales) {
     return mx::gather_mm(x, mx::swapaxes(matrix.weight, -1, -2, s), std::nullopt, experts, sorted, s);
   }

@@ -3,6 +3,9 @@
 #include <bit>
 #include <sstream>
 
+#include <mlx/backend/cuda/cuda.h>
+#include <mlx/ops.h>
+
 #include "common/op_error.h"
 #include "kernel_sources.h"
 #include "kernels/kernel_use.h"
@@ -50,9 +53,10 @@ bool has_kernels(const mx::array& x, const ExpertMatrix& gate, const ExpertMatri
          bits(gate) == bits(up) && gate.group_size == up.group_size;
 }
 
-// With more tokens, most experts would be read several times.
+// With more tokens, most experts would be read several times. But for plain ones MLX has no right product on CUDA.
 bool are_few(const mx::array& experts, const ExpertMatrix& gate) {
-  return experts.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= gate.weight.shape(0);
+  return experts.shape(0) <= kFewTokens || static_cast<int>(experts.size()) <= gate.weight.shape(0) ||
+         (!gate.scales && mx::cu::is_available());
 }
 
 // The weight, its scales and biases; a plain matrix stands for all three.
@@ -130,16 +134,18 @@ std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Sc
 mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::array& weights, const ExpertMatrix& gate,
                       const ExpertMatrix& up, const ExpertMatrix& down, const std::optional<mx::array>& shared,
                       mx::Stream s) {
-  const bool is_empty = x.size() == 0 || experts.size() == 0;
+  if (x.size() == 0 || experts.size() == 0) {  // MLX's products crash without rows
+    return shared ? mx::astype(*shared, x.dtype(), s) : mx::zeros(x.shape(), x.dtype(), s);
+  }
   const bool is_covered = has_kernels(x, gate, up, down);
-  if (!is_empty && is_covered && (are_few(experts, gate) || is_batch_invariant())) {
+  if (is_covered && (are_few(experts, gate) || is_batch_invariant())) {
     return few_tokens(x, experts, weights, gate, up, down, shared, s);
   }
-  if (!is_empty && is_batch_invariant()) {
+  if (is_batch_invariant()) {
     op_error("moe_mlp", "no kernel computes experts token by token whose gate is ", form(gate), ", up ", form(up),
              " and down ", form(down), ", for x ", x.dtype());
   }
-  if (!is_empty && are_enabled({"moe_join"})) {
+  if (are_enabled({"moe_join"})) {
     return many_tokens(x, experts, weights, gate, up, down, shared, s);
   }
   return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
