@@ -16,10 +16,7 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Measured on CUDA, where MLX reads a matrix for each row of a few, and multiplies many at a sixth of cuBLAS's speed.
-constexpr int kManyRows = 128;
-
-constexpr int kTileColumns = 32;  // of MLX's products; matrices that don't fill tiles are small, and no matter
+constexpr int kManyRows = 65;  // more than a tile of linear_matrix: from here on cuBLAS is worth a dequantized matrix
 
 constexpr int kThreads = 128;
 constexpr int kColumns = 4;    // of a simdgroup
@@ -185,10 +182,14 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
     if (is_batch_invariant()) {
       return dense(flat, dequantized(), s);
     }
-    if ((rows >= kManyRows && x.dtype().size() == 2) || n % kTileColumns != 0) {
-      return mx::matmul(flat, mx::transpose(dequantized(), s), s);
+    if (rows < kManyRows && is_readable && has_matrix_kernel(s)) {
+      return matrix(flat, weight, scales, *biases, group_size, bits, s);
     }
-    return mx::quantized_matmul(flat, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
+    // For more rows MLX compiles a kernel, which takes half a minute or more.
+    if (rows == 1 || (rows < kTileRows && mode != "affine")) {
+      return mx::quantized_matmul(flat, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
+    }
+    return mx::matmul(flat, mx::transpose(dequantized(), s), s);
   };
   return mx::reshape(compute(), output_shape(x, n), s);
 }

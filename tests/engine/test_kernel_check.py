@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_server.engine import kernel_cases as kernel_cases_module
 from mlx_server.engine import kernel_check, warm_up
 from mlx_server.engine.kernel_cases import kernel_cases
 from mlx_server.engine.kernel_check import Check, check_kernels
@@ -171,9 +170,8 @@ def test_a_models_ops_agree_with_their_references(caplog, name, kv_bits):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe/mlx-4bit", "qwen3_next/mlx-4bit"])
-def test_the_batch_invariant_modes_cases(monkeypatch, caplog, name):
+def test_the_batch_invariant_modes_cases(batch_invariant, caplog, name):
     """Also of plain matrices, and whether rows are alike."""
-    monkeypatch.setattr(kernel_cases_module, "is_batch_invariant", lambda: True)
     model = load_model(str(PARITY / name))
     cases = list(kernel_cases(model, None))
     check_kernels(cases)
