@@ -1,5 +1,6 @@
 #include "kernels/launch.h"
 
+#include <algorithm>
 #include <sstream>
 #include <string_view>
 #include <unordered_map>
@@ -47,13 +48,27 @@ std::string unique_name(const KernelSource& source, const KernelLaunch& launch) 
   return name.str();
 }
 
+// MLX copies and hashes a kernel's text each time that it is launched: without comments and indents that takes half.
+std::string code_of(std::string_view text) {
+  std::istringstream lines{std::string(text)};
+  std::string code;
+  for (std::string line; std::getline(lines, line);) {
+    line.resize(std::min(line.find("//"), line.size()));
+    const std::size_t begin = line.find_first_not_of(' '), end = line.find_last_not_of(' ');
+    if (begin != std::string::npos) {
+      code.append(line, begin, end + 1 - begin).push_back('\n');
+    }
+  }
+  return code;
+}
+
 mx::fast::CustomKernelFunction make_kernel(const std::string& name, const KernelSource& source) {
   const auto inputs = declared_names(source.text, "inputs"), outputs = declared_names(source.text, "outputs");
   if (mx::metal::is_available()) {
-    return mx::fast::metal_kernel(name, inputs, outputs, std::string(kMetalAttributes) + source.text,
-                                  kernel_sources::metal.text);
+    return mx::fast::metal_kernel(name, inputs, outputs, kMetalAttributes + code_of(source.text),
+                                  code_of(kernel_sources::metal.text));
   }
-  return mx::fast::cuda_kernel(name, inputs, outputs, source.text, kernel_sources::cuda.text);
+  return mx::fast::cuda_kernel(name, inputs, outputs, code_of(source.text), code_of(kernel_sources::cuda.text));
 }
 
 }  // namespace
