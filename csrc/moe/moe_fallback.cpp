@@ -15,7 +15,7 @@ constexpr int kMinSortedRows = 64;  // from here on reading each expert once pay
 // x [..., 1, K], experts [...]  ->  [..., 1, N]
 mx::array expert_linear(const mx::array& x, const ExpertMatrix& matrix, const mx::array& experts, bool sorted,
                         mx::Stream s) {
-  if (!matrix.scales && x.size() > 0 && mx::cu::is_available() && s.device == mx::Device::gpu) {
+  if (!matrix.scales && mx::cu::is_available() && s.device == mx::Device::gpu) {
     return mx::matmul(x, mx::swapaxes(mx::take(matrix.weight, experts, 0, s), -1, -2, s),
                       s);  // gather_mm is wrong there
   }
@@ -69,6 +69,9 @@ mx::array moe_mlp_fallback(const mx::array& x, const mx::array& experts, const m
                            const ExpertMatrix& gate, const ExpertMatrix& up, const ExpertMatrix& down,
                            const std::optional<mx::array>& shared, mx::StreamOrDevice device) {
   const mx::Stream s = mx::to_stream(device);
+  if (x.size() == 0 || experts.size() == 0) {  // MLX's products crash without rows on CUDA
+    return shared ? mx::astype(*shared, x.dtype(), s) : mx::zeros(x.shape(), x.dtype(), s);
+  }
   const bool sorted = static_cast<int>(experts.size()) >= kMinSortedRows;
   const auto [rows, row_of_pair] = expert_rows(x, experts, gate, up, down, sorted, s);
   mx::array y = mx::reshape(sorted ? mx::take(rows, row_of_pair, 0, s) : rows,

@@ -4,7 +4,6 @@
 #include <sstream>
 
 #include <mlx/backend/cuda/cuda.h>
-#include <mlx/ops.h>
 
 #include "common/op_error.h"
 #include "kernel_sources.h"
@@ -134,8 +133,8 @@ std::pair<mx::array, mx::array> route_gpu(const mx::array& logits, int top_k, Sc
 mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::array& weights, const ExpertMatrix& gate,
                       const ExpertMatrix& up, const ExpertMatrix& down, const std::optional<mx::array>& shared,
                       mx::Stream s) {
-  if (x.size() == 0 || experts.size() == 0) {  // MLX's products crash without rows
-    return shared ? mx::astype(*shared, x.dtype(), s) : mx::zeros(x.shape(), x.dtype(), s);
+  if (x.size() == 0 || experts.size() == 0) {
+    return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
   }
   const bool is_covered = has_kernels(x, gate, up, down);
   if (is_covered && (are_few(experts, gate) || is_batch_invariant())) {
