@@ -1,4 +1,5 @@
 #include <mlx/backend/cuda/cuda.h>
+#include <mlx/backend/metal/metal.h>
 #include <mlx/ops.h>
 
 #include "elementwise/elementwise.h"
@@ -12,17 +13,22 @@ namespace {
 
 constexpr int kMinSortedRows = 64;  // from here on reading each expert once pays for the sort
 
-// x [..., 1, K], experts [...]  ->  [..., 1, N]
-mx::array expert_linear(const mx::array& x, const ExpertMatrix& matrix, const mx::array& experts, bool sorted,
-                        mx::Stream s) {
-  if (!matrix.scales && mx::cu::is_available() && s.device == mx::Device::gpu) {
-    return mx::matmul(x, mx::swapaxes(mx::take(matrix.weight, experts, 0, s), -1, -2, s),
-                      s);  // gather_mm is wrong there
+// x [R, 1, K] of which row tokens[i] (row i where there are none) meets experts[i]  ->  [experts, 1, N]
+mx::array expert_linear(mx::array x, std::optional<mx::array> tokens, const ExpertMatrix& matrix,
+                        const mx::array& experts, bool sorted, mx::Stream s) {
+  const bool is_gpu = s.device == mx::Device::gpu;
+  const bool has_gather_mm = !is_gpu || !mx::cu::is_available();  // it is wrong on CUDA
+  if (tokens && ((is_gpu && mx::metal::is_available()) || (!matrix.scales && !has_gather_mm))) {
+    x = mx::take(x, *tokens, 0, s);  // Metal's kernels for sorted rows want them side by side
+    tokens = std::nullopt;
+  }
+  if (!matrix.scales && !has_gather_mm) {
+    return mx::matmul(x, mx::swapaxes(mx::take(matrix.weight, experts, 0, s), -1, -2, s), s);
   }
   if (!matrix.scales) {
-    return mx::gather_mm(x, mx::swapaxes(matrix.weight, -1, -2, s), std::nullopt, experts, sorted, s);
+    return mx::gather_mm(x, mx::swapaxes(matrix.weight, -1, -2, s), tokens, experts, sorted, s);
   }
-  return mx::gather_qmm(x, matrix.weight, *matrix.scales, matrix.biases, std::nullopt, experts, /*transpose=*/true,
+  return mx::gather_qmm(x, matrix.weight, *matrix.scales, matrix.biases, tokens, experts, /*transpose=*/true,
                         matrix.group_size, matrix.bits, matrix.mode, std::nullopt, sorted, s);
 }
 
@@ -59,10 +65,10 @@ ExpertRows expert_rows(const mx::array& x, const mx::array& experts, const Exper
     ids = mx::take(ids, pair_of_row, s);
   }
   const mx::array token_of_row = mx::floor_divide(pair_of_row, mx::array(top_k, mx::uint32), s);
-  const mx::array rows_x = mx::expand_dims(mx::take(x, token_of_row, 0, s), 1, s);  // [T * k, 1, D]
-  const mx::array hidden = silu_mul(expert_linear(rows_x, gate, ids, sorted, s),
-                                    expert_linear(rows_x, up, ids, sorted, s), s);  // [T * k, 1, N]
-  return {mx::squeeze(expert_linear(hidden, down, ids, sorted, s), 1, s), row_of_pair};
+  const mx::array rows_x = mx::expand_dims(x, 1, s);  // [T, 1, D]
+  const mx::array hidden = silu_mul(expert_linear(rows_x, token_of_row, gate, ids, sorted, s),
+                                    expert_linear(rows_x, token_of_row, up, ids, sorted, s), s);  // [T * k, 1, N]
+  return {mx::squeeze(expert_linear(hidden, std::nullopt, down, ids, sorted, s), 1, s), row_of_pair};
 }
 
 mx::array moe_mlp_fallback(const mx::array& x, const mx::array& experts, const mx::array& weights,
