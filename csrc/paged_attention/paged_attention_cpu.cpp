@@ -10,13 +10,16 @@ namespace mlx_server {
 
 namespace {
 
-// Query heads in a tile: enough to use a chunk of keys many times while it is in the L1 cache.
+// Query heads of a tile for each key/value head: enough to use a chunk of keys many times while it is in the L1 cache.
 constexpr int kTileHeads = 32;
-// Where a row has fewer for each thread, every split of its context is a task of its own.
-constexpr int kTilesPerThread = 4;
+// With fewer tasks for each thread, every split of a context is a task of its own, or even every head.
+constexpr int kTasksPerThread = 4;
+constexpr int kSplitsPerThread = 2;
 
 struct Splits {
   int first, end;
+
+  int size() const { return end - first; }
 };
 
 Splits splits_of(const PagedAttention& op, const AttentionTile& tile) {
@@ -24,23 +27,38 @@ Splits splits_of(const PagedAttention& op, const AttentionTile& tile) {
   return {begin / kSplitSize, (end - 1) / kSplitSize + 1};
 }
 
-int tile_queries(const PagedAttention& op) { return std::max(1, kTileHeads * op.num_kv_heads / op.num_heads); }
+int heads_of(const PagedAttention& op, const AttentionTile& tile) {
+  return tile.num_kv_heads * tile.num_queries * (op.num_heads / op.num_kv_heads);
+}
 
-std::vector<AttentionTile> make_tiles(const PagedAttention& op) {
+// Tiles of all queries, for kv_heads key/value heads each.
+std::vector<AttentionTile> make_tiles(const PagedAttention& op, int kv_heads) {
+  const int tile_queries = std::max(1, kTileHeads * op.num_kv_heads / op.num_heads);
   std::vector<AttentionTile> tiles;
   int token = 0;
   for (int row = 0; row < static_cast<int>(op.query_lens.size()); ++row) {
     const int query_len = op.query_lens[row], first_pos = op.context_lens[row] - query_len;
     // The last queries see most keys: longest tiles first.
-    for (int end = query_len; end > 0; end -= tile_queries(op)) {
-      const int begin = std::max(0, end - tile_queries(op));
-      for (int kv_head = 0; kv_head < op.num_kv_heads; ++kv_head) {
-        tiles.push_back({row, kv_head, token + begin, first_pos + begin, end - begin});
+    for (int end = query_len; end > 0; end -= tile_queries) {
+      const int begin = std::max(0, end - tile_queries);
+      for (int kv_head = 0; kv_head < op.num_kv_heads; kv_head += kv_heads) {
+        tiles.push_back({row, kv_head, kv_heads, token + begin, first_pos + begin, end - begin});
       }
     }
     token += query_len;
   }
   return tiles;
+}
+
+// Reading all heads together is faster, unless that leaves threads without work.
+std::vector<AttentionTile> make_tiles(const PagedAttention& op, const ThreadPool& pool) {
+  std::vector<AttentionTile> tiles = make_tiles(op, op.num_kv_heads);
+  int num_splits = 0;
+  for (const AttentionTile& tile : tiles) {
+    num_splits += splits_of(op, tile).size();
+  }
+  const bool is_enough = num_splits >= kSplitsPerThread * pool.num_threads();
+  return is_enough ? tiles : make_tiles(op, 1);
 }
 
 // total += part, for `size` heads. The weights of each are relative to its own maximum.
@@ -61,15 +79,15 @@ void merge(const AttentionPart& total, const AttentionPart& part, int size, int 
 // Writes a tile's heads, whose softmax is complete but for the sinks, to op.out.
 void finish(const PagedAttention& op, const AttentionTile& tile, const AttentionPart& total) {
   const int group = op.num_heads / op.num_kv_heads;
-  for (int i = 0; i < tile.num_queries * group; ++i) {
-    const int head = tile.kv_head * group + i % group;
+  for (int i = 0; i < heads_of(op, tile); ++i) {
+    const int head = (tile.first_kv_head + i / (tile.num_queries * group)) * group + i % group;
     const auto [max, sum] = total.softmax[i];
     float factor = 1 / sum;
     if (op.sinks != nullptr) {
       const float new_max = std::max(max, op.sinks[head]), scale = std::exp(max - new_max);
       factor = scale / (sum * scale + std::exp(op.sinks[head] - new_max));
     }
-    const std::ptrdiff_t token = tile.first_token + i / group;
+    const std::ptrdiff_t token = tile.first_token + i / group % tile.num_queries;
     for (int d = 0; d < op.head_dim; ++d) {
       op.out[(token * op.num_heads + head) * op.head_dim + d] = total.acc[i * op.head_dim + d] * factor;
     }
@@ -94,7 +112,7 @@ struct Scratch {
 };
 
 void attend_tile(const PagedAttention& op, const AttentionKernel& kernel, const AttentionTile& tile) {
-  const int num_heads = tile.num_queries * (op.num_heads / op.num_kv_heads);
+  const int num_heads = heads_of(op, tile);
   Scratch& scratch = Scratch::of_thread(num_heads, op.head_dim);
   const AttentionPart total{scratch.total_softmax.data(), scratch.total.data()};
   const AttentionPart part{scratch.part_softmax.data(), scratch.part.data()};
@@ -117,7 +135,7 @@ class SplitTiles {
       first_tasks_.push_back(static_cast<int>(tasks_.size()));
       for (int split = first; split < end; ++split) {
         tasks_.push_back({&tile, split, num_heads});
-        num_heads += heads_of(tile);
+        num_heads += heads_of(op, tile);
       }
     }
     softmax_.resize(num_heads);
@@ -127,14 +145,13 @@ class SplitTiles {
   void run(ThreadPool& pool, const AttentionKernel& kernel) {
     pool.parallel_for(static_cast<int>(tasks_.size()), [&](int i) {
       const AttentionTile& tile = *tasks_[i].tile;
-      Scratch& scratch = Scratch::of_thread(heads_of(tile), op_.head_dim);
+      Scratch& scratch = Scratch::of_thread(heads_of(op_, tile), op_.head_dim);
       kernel.attend(op_, tile, tasks_[i].split, scratch.kernel.data(), part(i));
     });
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
       const int first = first_tasks_[i];
-      const auto [first_split, end_split] = splits_of(op_, tiles_[i]);
-      for (int task = first + 1; task < first + end_split - first_split; ++task) {
-        merge(part(first), part(task), heads_of(tiles_[i]), op_.head_dim);
+      for (int task = first + 1; task < first + splits_of(op_, tiles_[i]).size(); ++task) {
+        merge(part(first), part(task), heads_of(op_, tiles_[i]), op_.head_dim);
       }
       finish(op_, tiles_[i], part(first));
     }
@@ -147,7 +164,6 @@ class SplitTiles {
     std::size_t first_head;  // of softmax_ and acc_
   };
 
-  int heads_of(const AttentionTile& tile) const { return tile.num_queries * (op_.num_heads / op_.num_kv_heads); }
   AttentionPart part(int task) {
     const std::size_t head = tasks_[task].first_head;
     return {softmax_.data() + head, acc_.data() + head * op_.head_dim};
@@ -199,11 +215,13 @@ std::span<const AttentionKernel* const> attention_kernels() {
 }
 
 void paged_attention(const PagedAttention& op, ThreadPool& pool, const AttentionKernel& kernel) {
-  std::vector<AttentionTile> tiles = make_tiles(op);
+  std::vector<AttentionTile> tiles = make_tiles(op, pool);
+  std::vector<int> row_tiles(op.query_lens.size());
+  for (const AttentionTile& tile : tiles) {
+    ++row_tiles[tile.row];
+  }
   const auto split = std::ranges::stable_partition(tiles, [&](const AttentionTile& tile) {
-    const auto [first, end] = splits_of(op, tile);
-    const int row_tiles = op.query_lens[tile.row] / tile_queries(op) * op.num_kv_heads;
-    return end - first == 1 || row_tiles >= kTilesPerThread * pool.num_threads();
+    return splits_of(op, tile).size() == 1 || row_tiles[tile.row] >= kTasksPerThread * pool.num_threads();
   });
   SplitTiles split_tiles(op, {split.begin(), split.end()});
   tiles.erase(split.begin(), split.end());

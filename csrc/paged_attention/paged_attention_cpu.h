@@ -32,9 +32,10 @@ struct PagedAttention {
   float softcap;  // 0 for none
 };
 
-// Some queries of one row, all heads that share one key/value head.
+// Some queries of one row, all heads that share one of some key/value heads.
 struct AttentionTile {
-  int row, kv_head;
+  int row;
+  int first_kv_head, num_kv_heads;
   int first_token;  // of q and out
   int first_pos;    // of the first query in its row
   int num_queries;
@@ -45,21 +46,21 @@ struct OnlineSoftmax {
   float max, sum;
 };
 
-// Attention of a tile over some of the keys, query by query and head by head: [num_queries * H / Hk] heads.
+// Attention of a tile over some of the keys, [tile's key/value heads, num_queries, H / Hk] heads.
 struct AttentionPart {
   OnlineSoftmax* softmax;  // [heads]; {-infinity, 0} where no key is seen
   float* acc;              // [heads, D], sums of values by weight
 };
 
-constexpr int kSplitSize = 512;  // keys
+constexpr int kSplitSize = 256;  // keys
 
 // Keys that are taken at a time, so that they stay in the L1 cache, beside their values.
 constexpr int kMaxChunkSize = 64;
 constexpr int attention_chunk_size(int head_dim) { return std::clamp(4096 / head_dim / 8 * 8, 8, kMaxChunkSize); }
 
-// Floats for the scaled queries, and for two chunks of keys and values made from integers.
+// Floats for the scaled queries, and for a chunk of keys and values made from integers.
 constexpr std::size_t attention_scratch_size(std::size_t num_heads, std::size_t head_dim) {
-  return (num_heads + 4 * kMaxChunkSize) * head_dim;
+  return (num_heads + 2 * kMaxChunkSize) * head_dim;
 }
 
 struct AttentionKernel {

@@ -1,8 +1,11 @@
 // The attention kernel, written once; each instruction set's file includes and compiles it.
 //
-// Keys are taken in chunks that stay in the L1 cache while all queries of a tile pass over them, up to four heads at a
-// time, with an online softmax (Milakov and Gimelshein 2018). Splits and chunks end at fixed positions and a head's
-// sums have one order, so its result depends neither on the batch nor on how a prompt was cut.
+// Keys are taken in chunks that stay in the L1 cache while all queries of a tile that share them pass over them, up to
+// four heads at a time, with an online softmax (Milakov and Gimelshein 2018). Splits and chunks end at fixed positions
+// and a head's sums have one order, so its result depends neither on the batch nor on how a prompt was cut.
+//
+// A token's key/value heads lie side by side, and memory is twice as fast when they are read so: the next chunk of all
+// of a tile's heads is asked for early, in the order of its addresses.
 #pragma once
 
 #include <algorithm>
@@ -41,23 +44,38 @@ inline const float* float_row(const CachedRows& rows, std::ptrdiff_t row, int he
   return scratch;
 }
 
-// The keys and values [begin, end), asked for from memory. scratch [2 * kMaxChunkSize, D]: of those made from integers.
-inline void locate(const PagedAttention& op, const AttentionTile& tile, int begin, int end, float* scratch,
+// Where the rows of the keys from `begin` on lie in the pool.
+class Slots {
+ public:
+  Slots(const PagedAttention& op, int row, int begin)
+      : block_(op.block_tables + static_cast<std::ptrdiff_t>(row) * op.max_blocks + begin / op.block_size),
+        block_size_(op.block_size),
+        offset_(begin % op.block_size) {}
+
+  std::ptrdiff_t next() {
+    const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(*block_) * block_size_ + offset_;
+    if (++offset_ == block_size_) {
+      offset_ = 0;
+      ++block_;
+    }
+    return slot;
+  }
+
+ private:
+  const std::int32_t* block_;
+  int block_size_, offset_;
+};
+
+// The keys and values [begin, end). scratch [2 * kMaxChunkSize, D]: of those made from integers.
+inline void locate(const PagedAttention& op, const AttentionTile& tile, int kv_head, int begin, int end, float* scratch,
                    Chunk& chunk) {
-  const std::int32_t* block = op.block_tables + static_cast<std::ptrdiff_t>(tile.row) * op.max_blocks;
-  block += begin / op.block_size;
-  int offset = begin % op.block_size;
+  Slots slots(op, tile.row, begin);
   chunk.begin = begin;
   chunk.end = end;
   for (int i = 0; i < chunk.size(); ++i) {
-    const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(*block) * op.block_size + offset;
-    const std::ptrdiff_t row = slot * op.num_kv_heads + tile.kv_head;
+    const std::ptrdiff_t row = slots.next() * op.num_kv_heads + kv_head;
     chunk.keys[i] = float_row(op.keys, row, op.head_dim, scratch + i * op.head_dim);
     chunk.values[i] = float_row(op.values, row, op.head_dim, scratch + (kMaxChunkSize + i) * op.head_dim);
-    if (++offset == op.block_size) {
-      offset = 0;
-      ++block;
-    }
   }
   // Scores are computed kVector at a time; what is too much repeats the last key and is dropped.
   for (int i = chunk.size(); i < chunk.size() + kVector - 1; ++i) {
@@ -65,14 +83,63 @@ inline void locate(const PagedAttention& op, const AttentionTile& tile, int begi
   }
 }
 
-inline void prefetch(const Chunk& chunk, int head_dim) {
-  for (int i = 0; i < chunk.size(); ++i) {
-    for (int d = 0; d < head_dim; d += 16) {
-      __builtin_prefetch(chunk.keys[i] + d);
-      __builtin_prefetch(chunk.values[i] + d);
+// Asks memory for the keys and values that come next, of all of a tile's heads. A little at a time between products, as
+// a processor waits when too many requests are under way.
+class Prefetcher {
+ public:
+  Prefetcher(const PagedAttention& op, const AttentionTile& tile, int begin) : slots_(op, tile.row, begin) {
+    const bool is_float = op.keys.floats != nullptr;
+    keys_ = is_float ? reinterpret_cast<const char*>(op.keys.floats) : reinterpret_cast<const char*>(op.keys.integers);
+    values_ =
+        is_float ? reinterpret_cast<const char*>(op.values.floats) : reinterpret_cast<const char*>(op.values.integers);
+    const std::ptrdiff_t row_size = op.head_dim * static_cast<std::ptrdiff_t>(is_float ? sizeof(float) : 1);
+    stride_ = op.num_kv_heads * row_size;
+    first_ = tile.first_kv_head * row_size;
+    size_ = tile.num_kv_heads * row_size;
+  }
+
+  // To be asked for by the next steps.
+  void add(int num_keys) {
+    if (num_keys_ == 0 && num_keys > 0) {
+      offset_ = slots_.next() * stride_ + first_;
+      end_ = offset_ + size_;
+    }
+    num_keys_ += num_keys;
+  }
+
+  void step() {
+    if (num_keys_ == 0) {
+      return;
+    }
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(keys_ + offset_ + line * kLineSize, /*write=*/0, kToL2);
+      __builtin_prefetch(values_ + offset_ + line * kLineSize, /*write=*/0, kToL2);
+    }
+    offset_ += kLines * kLineSize;
+    if (offset_ < end_) {
+      return;
+    }
+    if (--num_keys_ > 0) {
+      offset_ = slots_.next() * stride_ + first_;
+      end_ = offset_ + size_;
     }
   }
-}
+
+  void finish() {
+    while (num_keys_ > 0) {
+      step();
+    }
+  }
+
+ private:
+  static constexpr int kLineSize = 64, kLines = 4, kToL2 = 2;
+
+  Slots slots_;
+  const char *keys_, *values_;
+  std::ptrdiff_t stride_, first_, size_;  // of all heads, of the tile's in them, and theirs
+  std::ptrdiff_t offset_ = 0, end_ = 0;   // of the next line of a key, and where its row ends
+  int num_keys_ = 0;
+};
 
 // The sums of the lanes of eight vectors.
 inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
@@ -94,10 +161,11 @@ inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
 // scores[h][i] = q[h] · keys[i] of kHeads heads q [kHeads, D] and num_keys keys, in registers for eight of them at
 // once.
 template <int kHeads>
-inline void dot_keys(const float* q, const float* const* keys, int num_keys, int head_dim,
+inline void dot_keys(const float* q, const float* const* keys, int num_keys, int head_dim, Prefetcher& prefetcher,
                      float (&scores)[kHeads][kMaxChunkSize]) {
   constexpr int kKeys = kVector / kHeads;
   for (int i = 0; i < num_keys; i += kKeys) {
+    prefetcher.step();
     Floats sums[kLanes] = {};
     for (int d = 0; d < head_dim; d += kVector) {
       Floats x[kHeads];
@@ -123,14 +191,14 @@ inline void dot_keys(const float* q, const float* const* keys, int num_keys, int
 // acc[h][offset … offset + kVectors * 8) += sum of weights[h][i] * values[i][offset … offset + kVectors * 8)
 template <int kHeads, int kVectors>
 inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const float* const* values, int num_values,
-                       int offset, float* acc, int head_dim) {
+                       int offset, float* acc, int head_dim, Prefetcher& prefetcher) {
   Floats sums[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int j = 0; j < kVectors; ++j) {
       load(sums[h][j], acc + h * head_dim + offset + j * kVector);
     }
   }
-  for (int i = 0; i < num_values; ++i) {
+  const auto add = [&](int i) {
     Floats value[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       load(value[j], values[i] + offset + j * kVector);
@@ -140,6 +208,17 @@ inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const floa
         sums[h][j] += value[j] * weights[h][i];
       }
     }
+  };
+  int i = 0;
+  for (; i + 4 <= num_values; i += 4) {
+    prefetcher.step();
+    add(i);
+    add(i + 1);
+    add(i + 2);
+    add(i + 3);
+  }
+  for (; i < num_values; ++i) {
+    add(i);
   }
   for (int h = 0; h < kHeads; ++h) {
     for (int j = 0; j < kVectors; ++j) {
@@ -150,14 +229,14 @@ inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const floa
 
 template <int kHeads>
 inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const float* const* values, int num_values,
-                       float* acc, int head_dim) {
+                       float* acc, int head_dim, Prefetcher& prefetcher) {
   constexpr int kVectors = kVector / kHeads;
   int d = 0;
   for (; d + kVectors * kVector <= head_dim; d += kVectors * kVector) {
-    add_values<kHeads, kVectors>(weights, values, num_values, d, acc, head_dim);
+    add_values<kHeads, kVectors>(weights, values, num_values, d, acc, head_dim, prefetcher);
   }
   for (; d < head_dim; d += kVector) {
-    add_values<kHeads, 1>(weights, values, num_values, d, acc, head_dim);
+    add_values<kHeads, 1>(weights, values, num_values, d, acc, head_dim, prefetcher);
   }
 }
 
@@ -220,70 +299,87 @@ inline void update(const PagedAttention& op, float* scores, int num_seen, Online
 // kHeads heads over the part [first, first + num_seen) of a chunk, which they all may see.
 template <int kHeads>
 inline void attend_chunk(const PagedAttention& op, const float* q, const Chunk& chunk, int first, int num_seen,
-                         OnlineSoftmax* softmax, float* acc) {
+                         OnlineSoftmax* softmax, float* acc, Prefetcher& prefetcher) {
   alignas(64) float scores[kHeads][kMaxChunkSize];
-  dot_keys<kHeads>(q, chunk.keys + first, num_seen, op.head_dim, scores);
+  dot_keys<kHeads>(q, chunk.keys + first, num_seen, op.head_dim, prefetcher, scores);
   for (int h = 0; h < kHeads; ++h) {
     update(op, scores[h], num_seen, softmax[h], acc + h * op.head_dim);
   }
-  add_values<kHeads>(scores, chunk.values + first, num_seen, acc, op.head_dim);
+  add_values<kHeads>(scores, chunk.values + first, num_seen, acc, op.head_dim, prefetcher);
+}
+
+// All queries over a chunk of one key/value head. q and acc [num_queries * group, D], softmax [num_queries * group].
+inline void attend_queries(const PagedAttention& op, const AttentionTile& tile, const Chunk& chunk, const float* q,
+                           OnlineSoftmax* softmax, float* acc, Prefetcher& prefetcher) {
+  const int group = op.num_heads / op.num_kv_heads, num_heads = tile.num_queries * group;
+  const auto attend_heads = [&]<int kHeads>(int i, int first, int end) {
+    attend_chunk<kHeads>(op, q + i * op.head_dim, chunk, first - chunk.begin, end - first, softmax + i,
+                         acc + i * op.head_dim, prefetcher);
+  };
+  for (int i = 0; i < num_heads;) {
+    // The first of some heads sees the fewest of the last keys, the last of them the fewest of the first keys.
+    const int seen_end = tile.first_pos + i / group + 1;
+    const auto see_all = [&](int heads) {
+      const int last_end = tile.first_pos + (i + heads - 1) / group + 1;
+      return i + heads <= num_heads && seen_end >= chunk.end && last_end - op.window <= chunk.begin;
+    };
+    if (see_all(4)) {
+      attend_heads.template operator()<4>(i, chunk.begin, chunk.end);
+      i += 4;
+    } else if (see_all(2)) {
+      attend_heads.template operator()<2>(i, chunk.begin, chunk.end);
+      i += 2;
+    } else {
+      const int first = std::max(chunk.begin, seen_end - op.window), seen = std::min(chunk.end, seen_end);
+      if (first < seen) {
+        attend_heads.template operator()<1>(i, first, seen);
+      }
+      ++i;
+    }
+  }
+}
+
+// Scales the tile's queries into scaled_q, in the order of `part`, which is emptied.
+inline void begin_part(const PagedAttention& op, const AttentionTile& tile, float* scaled_q,
+                       const AttentionPart& part) {
+  const int group = op.num_heads / op.num_kv_heads, size = group * op.head_dim;
+  for (int head = 0; head < tile.num_kv_heads; ++head) {
+    for (int query = 0; query < tile.num_queries; ++query) {
+      const std::ptrdiff_t token = tile.first_token + query;
+      const float* q = op.q + (token * op.num_kv_heads + tile.first_kv_head + head) * size;
+      for (int i = 0; i < size; ++i) {
+        *scaled_q++ = q[i] * op.scale;
+      }
+    }
+  }
+  const int num_heads = tile.num_kv_heads * tile.num_queries * group;
+  std::fill_n(part.softmax, num_heads, OnlineSoftmax{-kInfinity, 0});
+  std::fill_n(part.acc, num_heads * op.head_dim, 0.0f);
 }
 
 void attend(const PagedAttention& op, const AttentionTile& tile, int split, float* scratch, const AttentionPart& part) {
-  const int group = op.num_heads / op.num_kv_heads, head_dim = op.head_dim;
-  const std::ptrdiff_t first_head = static_cast<std::ptrdiff_t>(tile.first_token) * op.num_heads + tile.kv_head * group;
-  const int num_heads = tile.num_queries * group;  // query by query
-  float *scaled_q = scratch, *chunk_scratch = scratch + num_heads * head_dim;
-  for (int i = 0; i < num_heads; ++i) {
-    const float* q = op.q + (first_head + static_cast<std::ptrdiff_t>(i / group) * op.num_heads + i % group) * head_dim;
-    part.softmax[i] = {-kInfinity, 0};
-    for (int d = 0; d < head_dim; ++d) {
-      scaled_q[i * head_dim + d] = q[d] * op.scale;
-      part.acc[i * head_dim + d] = 0;
-    }
-  }
-  const auto attend_heads = [&]<int kHeads>(const Chunk& chunk, int i, int first, int end) {
-    attend_chunk<kHeads>(op, scaled_q + i * head_dim, chunk, first - chunk.begin, end - first, part.softmax + i,
-                         part.acc + i * head_dim);
-  };
+  const int num_heads = tile.num_queries * (op.num_heads / op.num_kv_heads);  // of one key/value head
+  float *scaled_q = scratch, *chunk_scratch = scratch + num_heads * tile.num_kv_heads * op.head_dim;
+  begin_part(op, tile, scaled_q, part);
+  const int first = std::max(tile.first_pos + 1 - op.window, split * kSplitSize);
   const int end = std::min(tile.first_pos + tile.num_queries, (split + 1) * kSplitSize);
-  const int chunk_size = attention_chunk_size(head_dim);
-  const auto locate_from = [&](int begin, int slot, Chunk& chunk) {
-    const int chunk_end = std::min((begin / chunk_size + 1) * chunk_size, end);
-    locate(op, tile, begin, chunk_end, chunk_scratch + slot * 2 * kMaxChunkSize * head_dim, chunk);
-    prefetch(chunk, head_dim);
-  };
-  Chunk chunks[2];
-  locate_from(std::max(tile.first_pos + 1 - op.window, split * kSplitSize), 0, chunks[0]);
-  for (int turn = 0;; ++turn) {
-    const Chunk& chunk = chunks[turn % 2];
-    if (chunk.end < end) {
-      locate_from(chunk.end, (turn + 1) % 2, chunks[(turn + 1) % 2]);
+  const int chunk_size = attention_chunk_size(op.head_dim);
+  const auto end_of_chunk = [&](int begin) { return std::min((begin / chunk_size + 1) * chunk_size, end); };
+  Prefetcher prefetcher(op, tile, first);
+  prefetcher.add(end_of_chunk(first) - first);
+  prefetcher.finish();
+  for (int begin = first; begin < end; begin = end_of_chunk(begin)) {
+    const int chunk_end = end_of_chunk(begin);
+    if (chunk_end < end) {
+      prefetcher.add(end_of_chunk(chunk_end) - chunk_end);
     }
-    for (int i = 0; i < num_heads;) {
-      // The first of some heads sees the fewest of the last keys, the last of them the fewest of the first keys.
-      const int seen_end = tile.first_pos + i / group + 1;
-      const auto see_all = [&](int heads) {
-        const int last_end = tile.first_pos + (i + heads - 1) / group + 1;
-        return i + heads <= num_heads && seen_end >= chunk.end && last_end - op.window <= chunk.begin;
-      };
-      if (see_all(4)) {
-        attend_heads.template operator()<4>(chunk, i, chunk.begin, chunk.end);
-        i += 4;
-      } else if (see_all(2)) {
-        attend_heads.template operator()<2>(chunk, i, chunk.begin, chunk.end);
-        i += 2;
-      } else {
-        const int first = std::max(chunk.begin, seen_end - op.window), seen = std::min(chunk.end, seen_end);
-        if (first < seen) {
-          attend_heads.template operator()<1>(chunk, i, first, seen);
-        }
-        ++i;
-      }
+    for (int head = 0; head < tile.num_kv_heads; ++head) {
+      Chunk chunk;
+      locate(op, tile, tile.first_kv_head + head, begin, chunk_end, chunk_scratch, chunk);
+      attend_queries(op, tile, chunk, scaled_q + head * num_heads * op.head_dim, part.softmax + head * num_heads,
+                     part.acc + head * num_heads * op.head_dim, prefetcher);
     }
-    if (chunk.end == end) {
-      return;
-    }
+    prefetcher.finish();
   }
 }
 
