@@ -72,7 +72,7 @@ class Server(transport.EngineServer):
             max_running=3,
             context=16,
             num_snapshots=3,
-            pacer=PrefillPacer(5),
+            pacer=PrefillPacer(),
             speculator=guesses,
         )
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)

@@ -34,7 +34,7 @@ class World:
             max_running=rng.choice([1, 2, 8]),
             context=self.context,
             limits=rng.choice([None, QueueLimits(6, 200)]),
-            pacer=rng.choice([None, PrefillPacer(5)]),
+            pacer=rng.choice([None, PrefillPacer()]),
             speculator=Guesses(rng, self.next_token, FAKE_VOCAB_SIZE) if speculates else None,
             clock=self.clock,
         )

@@ -43,7 +43,7 @@ def make_engine_core(
     longest = kv_cache.max_request_tokens(plan.max_batch_tokens)
     max_queue = QUEUED_BATCHES * plan.max_running if max_queue is None else max_queue
     limits = QueueLimits(max_queue, plan.num_tokens * max(max_queue // plan.max_running, 1))
-    pacer = PrefillPacer(plan.max_batch_tokens // 4)
+    pacer = PrefillPacer()
     stats = EngineStats(model_name)
     scheduler = Scheduler(
         kv_cache,

@@ -2,9 +2,9 @@
 
 from mlx_server.engine.batch import Batch
 
-SLOWDOWN = 1.75  # a step with a part of a prompt may take so many times what its decodes alone take
+SLOWDOWN = 2.0  # a step with a part of a prompt may take so many times what its decodes alone take
 MIN_TOKENS = 2  # prompts go on, however slow the device: a token far behind in a long prompt costs many decodes
-GRANULE = 16  # of more tokens than that: whole blocks, and few different shapes
+GRANULE = 16  # of more tokens than that: whole blocks, and few different shapes; and the first guess
 WEIGHT = 0.25  # of the newest observation
 # So many steps beside decodes in a row are without prompts, of each so many, so that the time of decodes stays known.
 FREE_STEPS, PERIOD = 2, 32
@@ -13,11 +13,10 @@ FREE_STEPS, PERIOD = 2, 32
 class PrefillPacer:
     """A model of a step's time: decodes take what such steps took lately, each prompt token adds a constant.
 
-    Pure arithmetic on what it is told. Until it has been told enough it gives `default_tokens`.
+    Pure arithmetic on what it is told.
     """
 
-    def __init__(self, default_tokens: int) -> None:
-        self._default_tokens = default_tokens
+    def __init__(self) -> None:
         self._decode_s: dict[int, float] = {}  # by the bits in the number of decodes
         self._prefill_token_s: float | None = None
         self._num_steps = 0
@@ -41,12 +40,13 @@ class PrefillPacer:
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
         """How many prompt tokens may go into the next step, beside `num_decodes` (at least one) decodes."""
+        is_free = self._num_steps % PERIOD < FREE_STEPS  # the first ones too: what decodes take must be known
         self._num_steps += 1
-        if self._num_steps % PERIOD >= PERIOD - FREE_STEPS:
+        if is_free:
             return 0
         decode_s = self._expected_decode_s(num_decodes)
         if decode_s is None or self._prefill_token_s is None:
-            return self._default_tokens
+            return GRANULE
         num_tokens = int((SLOWDOWN - 1) * decode_s / self._prefill_token_s)
         return max(num_tokens if num_tokens < GRANULE else num_tokens // GRANULE * GRANULE, MIN_TOKENS)
 
