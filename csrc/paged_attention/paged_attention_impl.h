@@ -252,15 +252,21 @@ inline void cap_scores(Floats& x, float cap) {
 
 // Turns num_seen scores into weights relative to a new maximum, to which sum and acc are rescaled.
 inline void update(const PagedAttention& op, float* scores, int num_seen, OnlineSoftmax& softmax, float* acc) {
-  for (int i = 0; i < num_seen && op.softcap > 0; i += kVector) {
-    Floats x;
-    load(x, scores + i);
-    cap_scores(x, op.softcap);
-    store(scores + i, x);
+  const auto pad = [&](float value) {
+    for (int i = num_seen; i % kVector != 0; ++i) {
+      scores[i] = value;
+    }
+  };
+  if (op.softcap > 0) {
+    pad(0);
+    for (int i = 0; i < num_seen; i += kVector) {
+      Floats x;
+      load(x, scores + i);
+      cap_scores(x, op.softcap);
+      store(scores + i, x);
+    }
   }
-  for (int i = num_seen; i % kVector != 0; ++i) {
-    scores[i] = -kInfinity;
-  }
+  pad(-kInfinity);
   Floats maxima = Floats{} + softmax.max;
   for (int i = 0; i < num_seen; i += kVector) {
     Floats x;
