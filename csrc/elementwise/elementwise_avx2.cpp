@@ -4,7 +4,8 @@
 
 namespace mlx_server {
 
-constinit const ElementwiseKernels kElementwiseAvx2 = {"AVX2", rms_norm_kernel, silu_mul_kernel, gelu_mul_kernel};
+constinit const ElementwiseKernels kElementwiseAvx2 = {"AVX2", rms_norm_kernel, silu_mul_kernel, gelu_mul_kernel,
+                                                       qkv_rope_kernel};
 
 }  // namespace mlx_server
 

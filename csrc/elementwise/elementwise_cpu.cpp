@@ -20,20 +20,20 @@ void for_each_chunk(std::int64_t size, std::int64_t width, ThreadPool& pool, con
                     [&](int chunk) { body(chunk * step, std::min((chunk + 1) * step, size)); });
 }
 
-// cosines and sines: [half]
-void rotate_token(const Rope& op, std::int64_t token, const float* cosines, const float* sines) {
-  // Pair i of a head is (first + i * step, second + i * step).
-  const std::int64_t step = op.traditional ? 2 : 1, second = op.traditional ? 1 : op.half;
-  for (std::int64_t head = 0; head < op.heads; ++head) {
-    const float* x = op.x + token * op.token_stride + head * op.d;
-    float* y = op.y + (token * op.heads + head) * op.d;
-    for (std::int64_t i = 0; i < op.half; ++i) {
-      const float a = x[i * step], b = x[i * step + second];
-      y[i * step] = a * cosines[i] - b * sines[i];
-      y[i * step + second] = a * sines[i] + b * cosines[i];
-    }
-    std::copy(x + 2 * op.half, x + op.d, y + 2 * op.half);
+using GatedMulKernel = void (*)(const GatedMul& op);
+
+// Rows are shared out, and parts of one where there is no other.
+void gated_mul(const GatedMul& op, ThreadPool& pool, GatedMulKernel kernel) {
+  if (op.rows == 1) {
+    for_each_chunk(op.size, 1, pool, [&](std::int64_t begin, std::int64_t end) {
+      kernel({op.gate + begin, op.up + begin, op.y + begin, 1, end - begin, op.stride});
+    });
+    return;
   }
+  for_each_chunk(op.rows, op.size, pool, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t first = begin * op.stride;
+    kernel({op.gate + first, op.up + first, op.y + begin * op.size, end - begin, op.size, op.stride});
+  });
 }
 
 }  // namespace
@@ -55,27 +55,23 @@ void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& ker
 }
 
 void silu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
-  for_each_chunk(op.size, 1, pool, [&](std::int64_t begin, std::int64_t end) {
-    kernels.silu_mul({op.gate + begin, op.up + begin, op.y + begin, end - begin});
-  });
+  gated_mul(op, pool, kernels.silu_mul);
 }
 
 void gelu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
-  for_each_chunk(op.size, 1, pool, [&](std::int64_t begin, std::int64_t end) {
-    kernels.gelu_mul({op.gate + begin, op.up + begin, op.y + begin, end - begin});
-  });
+  gated_mul(op, pool, kernels.gelu_mul);
 }
 
-void rope(const Rope& op, ThreadPool& pool) {
-  for_each_chunk(op.tokens, op.heads * op.d, pool, [&](std::int64_t begin, std::int64_t end) {
+void qkv_rope(const QkvRope& op, ThreadPool& pool, const ElementwiseKernels& kernels) {
+  for_each_chunk(op.tokens, (op.heads + 2 * op.kv_heads) * op.d, pool, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> cosines(static_cast<std::size_t>(op.half)), sines(cosines.size());
     for (std::int64_t token = begin; token < end; ++token) {
-      for (std::int64_t i = 0; i < op.half; ++i) {
+      for (std::size_t i = 0; i < cosines.size(); ++i) {
         const float angle = static_cast<float>(op.positions[token]) / op.freqs[i];
-        cosines[static_cast<std::size_t>(i)] = std::cos(angle);
-        sines[static_cast<std::size_t>(i)] = std::sin(angle);
+        cosines[i] = std::cos(angle) * op.length_factor;
+        sines[i] = std::sin(angle) * op.length_factor;
       }
-      rotate_token(op, token, cosines.data(), sines.data());
+      kernels.qkv_rope(op, token, cosines.data(), sines.data());
     }
   });
 }

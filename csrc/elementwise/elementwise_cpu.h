@@ -18,18 +18,21 @@ struct RmsNorm {
 };
 
 struct GatedMul {
-  const float *gate, *up;  // [size]
-  float* y;                // [size]
-  std::int64_t size;
+  const float *gate, *up;  // [rows, size], rows `stride` apart
+  float* y;                // [rows, size]
+  std::int64_t rows, size, stride;
 };
 
-struct Rope {
-  const float* x;                 // [tokens, heads, d], tokens token_stride apart
+// Queries, keys and values of one product: the first two normalised if there are norms, and turned by their positions.
+struct QkvRope {
+  const float* x;                 // [tokens, (heads * (gated ? 2 : 1) + 2 * kv_heads) * d], tokens token_stride apart
   const std::int32_t* positions;  // [tokens]
   const float* freqs;             // [half]
-  float* y;                       // [tokens, heads, d]
-  std::int64_t tokens, heads, d, half, token_stride;
-  bool traditional;
+  const float* norms;             // [2, d], of queries and keys, or null
+  float *q, *k, *v;               // [tokens, heads, d], [tokens, kv_heads, d]
+  std::int64_t tokens, token_stride, heads, kv_heads, d, half;
+  float eps, length_factor;
+  bool gated;
 };
 
 // One instruction set's kernels.
@@ -38,6 +41,8 @@ struct ElementwiseKernels {
   void (*rms_norm)(const RmsNorm& op);
   void (*silu_mul)(const GatedMul& op);
   void (*gelu_mul)(const GatedMul& op);
+  // Of one token. cosines, sines [half]: of its angles, times length_factor.
+  void (*qkv_rope)(const QkvRope& op, std::int64_t token, const float* cosines, const float* sines);
 };
 
 // The kernels that this processor can run, best first.
@@ -48,6 +53,6 @@ extern const ElementwiseKernels kElementwiseAvx2, kElementwisePortable;
 void rms_norm(const RmsNorm& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 void silu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 void gelu_mul(const GatedMul& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
-void rope(const Rope& op, ThreadPool& pool);
+void qkv_rope(const QkvRope& op, ThreadPool& pool, const ElementwiseKernels& kernels = *elementwise_kernels()[0]);
 
 }  // namespace mlx_server

@@ -121,7 +121,9 @@ void hidden_tile(const MoeMlp& op, const Rows& rows, const Segment& segment, std
     elementwise.silu_mul({.gate = gate + row * columns,
                           .up = up + row * columns,
                           .y = op.hidden + (segment.begin + row) * op.hidden_features() + begin,
-                          .size = columns});
+                          .rows = 1,
+                          .size = columns,
+                          .stride = columns});
   }
 }
 

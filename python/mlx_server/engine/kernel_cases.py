@@ -19,7 +19,7 @@ from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_
 from mlx_server.ops.gated_delta import gated_delta
 from mlx_server.ops.kernels import is_batch_invariant
 from mlx_server.ops.moe import moe_mlp, route
-from mlx_server.ops.rope import rope
+from mlx_server.ops.rope import qkv_rope
 from mlx_server.ops.sampling import SampleTables, make_rows, sample, sample_fallback
 
 BLOCK_SIZE = 16
@@ -118,15 +118,18 @@ def normal(shape: Sequence[int], dtype: mx.Dtype, seed: int = 0) -> mx.array:
 
 def elementwise_cases(spec: KVSpec) -> Iterator[Check]:
     gate, up = (normal((3, 1024), spec.dtype, seed) for seed in (1, 2))
-    x = normal((3, spec.num_kv_heads, spec.head_dim), spec.dtype)
-    positions, freqs = mx.array([0, 7, 3000], mx.int32), mx.arange(1, spec.head_dim // 2 + 1).astype(mx.float32)
     yield Check("silu", lambda: [silu_mul(gate, up)], lambda: [fallbacks.silu_mul_fallback(gate, up)])
-    yield Check("gelu", lambda: [gelu_mul(gate, up)], lambda: [fallbacks.gelu_mul_fallback(gate, up)])
-    yield Check(
-        "rope",
-        lambda: [rope(x, positions, freqs)],
-        lambda: [fallbacks.rope_fallback(x, positions, freqs, traditional=False)],
-    )
+    yield Check("gelu", lambda: [gelu_mul(gate)], lambda: [fallbacks.gelu_mul_fallback(gate)])
+    num_kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
+    qkv = normal((3, (4 + 2 * num_kv_heads) * head_dim), spec.dtype)
+    positions, freqs = mx.array([0, 7, 3000], mx.int32), mx.arange(1, head_dim // 2 + 1).astype(mx.float32)
+    norms = normal((2, head_dim), mx.float32, 3)
+
+    def turned(op: Callable[..., tuple[mx.array, mx.array, mx.array]]) -> list[mx.array]:
+        heads = {"num_heads": 2, "num_kv_heads": num_kv_heads}
+        return list(op(qkv, positions, freqs, norms, **heads, eps=1e-6, length_factor=1.2, gated=True))
+
+    yield Check("rope", lambda: turned(qkv_rope), lambda: turned(fallbacks.qkv_rope_fallback))
 
 
 def quantize_case(spec: KVSpec, bits: int) -> Check:

@@ -14,7 +14,7 @@ from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.errors import ModelLoadError
 from mlx_server.models.base import StepContext
 from mlx_server.models.config import Count, WindowedDecoderArgs, convert
-from mlx_server.models.layers import Attention, CausalLM, Linear, RMSNorm, Rope
+from mlx_server.models.layers import Attention, CausalLM, JoinedLinear, Linear, RMSNorm, Rope
 from mlx_server.models.rope import RopeParameters, read_rope_parameters
 from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import gelu_mul
@@ -56,12 +56,12 @@ class GeGLU:
     """x [T, features] -> down_proj(gelu(gate_proj(x)) * up_proj(x)) [T, features] (https://arxiv.org/abs/2002.05202)"""
 
     def __init__(self, weights: Weights, features: int, hidden_features: int) -> None:
-        self.gate_proj = Linear(weights.at("gate_proj"), features, hidden_features)
-        self.up_proj = Linear(weights.at("up_proj"), features, hidden_features)
+        gate_up = {"gate_proj": hidden_features, "up_proj": hidden_features}
+        self.gate_up_proj = JoinedLinear(weights, features, gate_up)
         self.down_proj = Linear(weights.at("down_proj"), hidden_features, features)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gelu_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer:

@@ -1,5 +1,6 @@
 """Blocks that architectures share. Each takes its tensors from the checkpoint's `Weights` under its own name there."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from mlx_server.models.weights import Weights
 from mlx_server.ops.activation import silu_mul
 from mlx_server.ops.linear import linear, quantized_linear
 from mlx_server.ops.norm import rms_norm
-from mlx_server.ops.rope import rope
+from mlx_server.ops.rope import qkv_rope
 
 if TYPE_CHECKING:
     from mlx_server.models.moe import SparseMoE
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 class Matrix:
     """A matrix [N, K] of floating point numbers."""
+
+    quantization = None
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
@@ -40,18 +43,30 @@ class Matrix:
 class QuantizedMatrix:
     """A matrix [N, K] as `mx.quantize` stores it."""
 
-    def __init__(self, weights: Weights, num_rows: int, num_columns: int, quantization: Quantization) -> None:
-        self.quantization = quantization
-        self.num_columns, self.dtype = num_columns, weights.dtype
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        quantization: Quantization,
+        dtype: mx.Dtype,
+    ) -> None:
+        self.weight, self.scales, self.biases = weight, scales, biases
+        self.quantization, self.dtype = quantization, dtype
+        self.num_columns = weight.shape[1] * 32 // quantization.bits
+
+    @classmethod
+    def take(cls, weights: Weights, num_rows: int, num_columns: int, quantization: Quantization) -> "QuantizedMatrix":
         affine = quantization.mode == "affine"
         if num_columns % quantization.group_size:
             raise ModelLoadError(
                 f"{weights.source}: {weights.name} has {num_columns} columns, not groups of {quantization.group_size}"
             )
         groups = (num_rows, num_columns // quantization.group_size)
-        self.weight = weights.take("weight", (num_rows, num_columns * quantization.bits // 32), mx.uint32)
-        self.scales = weights.take("scales", groups, mx.floating if affine else mx.uint8)
-        self.biases = weights.take("biases", groups) if affine else None
+        weight = weights.take("weight", (num_rows, num_columns * quantization.bits // 32), mx.uint32)
+        scales = weights.take("scales", groups, mx.floating if affine else mx.uint8)
+        biases = weights.take("biases", groups) if affine else None
+        return cls(weight, scales, biases, quantization, weights.dtype)
 
     def linear(self, x: mx.array) -> mx.array:
         """x [..., K] -> x @ matrix.T [..., N]"""
@@ -83,11 +98,32 @@ def take_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | Q
     return matrix
 
 
+def take_matrices(weights: Weights, num_rows: dict[str, int], num_columns: int) -> list[Matrix | QuantizedMatrix]:
+    """The matrices under the names of `num_rows`, in this order; those of one form that follow each other as one."""
+    matrices = [_make_matrix(weights.at(name), rows, num_columns) for name, rows in num_rows.items()]
+    groups = [list(group) for _, group in itertools.groupby(matrices, lambda matrix: matrix.quantization)]
+    joined = [group[0] if len(group) == 1 else _join(weights, group) for group in groups]
+    weights.matrices.extend(joined)
+    return joined
+
+
+def _join(weights: Weights, parts: Sequence[Matrix | QuantizedMatrix]) -> Matrix | QuantizedMatrix:
+    """The matrix of all rows of `parts`, which are of one form and give way to it."""
+    weight = weights.join([part.weight for part in parts])
+    quantized = [part for part in parts if isinstance(part, QuantizedMatrix)]
+    if not quantized:
+        return Matrix(weight)
+    scales = weights.join([part.scales for part in quantized])
+    biases = [part.biases for part in quantized if part.biases is not None]
+    form = quantized[0].quantization, quantized[0].dtype
+    return QuantizedMatrix(weight, scales, weights.join(biases) if biases else None, *form)
+
+
 def _make_matrix(weights: Weights, num_rows: int, num_columns: int) -> Matrix | QuantizedMatrix:
     quantization = weights.quantization()
     if quantization is None:
         return Matrix(weights.take("weight", (num_rows, num_columns)))
-    matrix = QuantizedMatrix(weights, num_rows, num_columns, quantization)
+    matrix = QuantizedMatrix.take(weights, num_rows, num_columns, quantization)
     if is_computable(quantization, weights.dtype):
         return matrix
     dense = matrix.dense()
@@ -104,6 +140,25 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self._matrix.linear(x)
+        return y if self._bias is None else y + self._bias
+
+
+class JoinedLinear:
+    """Linear layers of one input, their outputs side by side: x [..., in_features] -> [..., sum of out_features]
+
+    One product instead of several: what a small product costs beside its work is paid once.
+
+    out_features: of each layer, by its name.
+    """
+
+    def __init__(self, weights: Weights, in_features: int, out_features: dict[str, int], *, bias: bool = False) -> None:
+        self._matrices = take_matrices(weights, out_features, in_features)
+        biases = [weights.at(name).take("bias", (size,)) for name, size in out_features.items()] if bias else []
+        self._bias = weights.join(biases) if biases else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        products = [matrix.linear(x) for matrix in self._matrices]
+        y = products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
         return y if self._bias is None else y + self._bias
 
 
@@ -129,51 +184,93 @@ class RMSNorm:
 
     def __init__(self, weights: Weights, features: int, eps: float, *, zero_centred: bool = False) -> None:
         # The sum is float32: half precision would round off what small weights say.
-        self._weight = (
+        self.weight = (
             weights.take("weight", (features,), cast_to=mx.float32) + 1
             if zero_centred
             else weights.take("weight", (features,))
         )
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU:
     """x [..., features] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., features] (Shazeer, 2020)"""
 
     def __init__(self, weights: Weights, features: int, hidden_features: int, *, bias: bool = False) -> None:
-        self.gate_proj = Linear(weights.at("gate_proj"), features, hidden_features, bias=bias)
-        self.up_proj = Linear(weights.at("up_proj"), features, hidden_features, bias=bias)
+        gate_up = {"gate_proj": hidden_features, "up_proj": hidden_features}
+        self.gate_up_proj = JoinedLinear(weights, features, gate_up, bias=bias)
         self.down_proj = Linear(weights.at("down_proj"), hidden_features, features, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
 
 
 class Rope:
-    """Rotary position embedding: x [T, H, head_dim], positions [T] -> [T, H, head_dim]
-
-    rotary_dim: features of each head that turn, the first ones; None: all.
-    """
+    """Rotary position embedding. rotary_dim: features of each head that turn, the first ones; None: all."""
 
     def __init__(self, parameters: RopeParameters, head_dim: int, rotary_dim: int | None = None) -> None:
         self.parameters = parameters
-        rotary_dim = rotary_dim or head_dim
-        self._freqs = mx.array(parameters.freqs(rotary_dim), mx.float32)
-        factor = parameters.length_factor
-        self._lengths = None if factor == 1 else mx.array([factor] * rotary_dim + [1.0] * (head_dim - rotary_dim))
+        self.freqs = mx.array(parameters.freqs(rotary_dim or head_dim), mx.float32)
 
-    def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
-        y = rope(x, positions, self._freqs)
-        return y if self._lengths is None else (y * self._lengths).astype(x.dtype)
+
+class QkvProjection:
+    """Queries, keys and values of a layer: x [T, hidden_size] -> q [T, H, D], k and v [T, Hk, D]
+
+    Letters: H heads, Hk key-value heads, D head size. `q_norm` and `k_norm`, both or none, apply to each head before it
+    is rotated. gated: `q_proj` also makes a gate for each feature of the queries, [T, H, D].
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        args: DecoderArgs,
+        rope: Rope,
+        *,
+        bias: bool = False,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+        gated: bool = False,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.gated = args.num_attention_heads, args.num_kv_heads, gated
+        kv_features = self.num_kv_heads * args.head_size
+        self.q_features = self.num_heads * args.head_size * (2 if gated else 1)
+        features = {"q_proj": self.q_features, "k_proj": kv_features, "v_proj": kv_features}
+        self.proj = JoinedLinear(weights, args.hidden_size, features, bias=bias)
+        self.freqs, self.length_factor = rope.freqs, rope.parameters.length_factor
+        self.norms, self.eps = None, 0.0
+        if q_norm and k_norm:
+            self.norms, self.eps = mx.stack([q_norm.weight, k_norm.weight]).astype(mx.float32), q_norm.eps
+
+    def __call__(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        return self._split(self.proj(x), positions)
+
+    def with_gate(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """q, k, v and the gate of q."""
+        qkv = self.proj(x)
+        q, k, v = self._split(qkv, positions)
+        gate = qkv[:, : self.q_features].reshape(*q.shape[:2], -1)[..., q.shape[2] :]
+        return q, k, v, gate
+
+    def _split(self, qkv: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        return qkv_rope(
+            qkv,
+            positions,
+            self.freqs,
+            self.norms,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            eps=self.eps,
+            length_factor=self.length_factor,
+            gated=self.gated,
+        )
 
 
 class Attention:
     """Causal attention over rotated queries and keys: x [T, hidden_size] -> [T, hidden_size]
 
-    Letters: H heads, Hk key-value heads, D head size. `q_norm` and `k_norm` apply to each head before it is rotated.
+    q_norm, k_norm: as those of `QkvProjection`.
     """
 
     def __init__(
@@ -189,23 +286,15 @@ class Attention:
         k_norm: RMSNorm | None = None,
         scale: float | None = None,
     ) -> None:
-        self.layer, self.head_dim, self.rope = layer, args.head_size, rope
+        self.layer = layer
         self.scale = args.head_size**-0.5 if scale is None else scale
         self.window = args.windows[layer]
-        q_features, kv_features = args.num_attention_heads * args.head_size, args.num_kv_heads * args.head_size
-        self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, q_features, bias=qkv_bias)
-        self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=qkv_bias)
-        self.v_proj = Linear(weights.at("v_proj"), args.hidden_size, kv_features, bias=qkv_bias)
+        self.qkv_proj = QkvProjection(weights, args, rope, bias=qkv_bias, q_norm=q_norm, k_norm=k_norm)
+        q_features = args.num_attention_heads * args.head_size
         self.o_proj = Linear(weights.at("o_proj"), q_features, args.hidden_size, bias=output_bias)
-        self.q_norm, self.k_norm = q_norm, k_norm
 
     def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
-        num_tokens = x.shape[0]
-        q = self.q_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, H, D]
-        k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
-        v = self.v_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
-        q = self.rope(self.q_norm(q) if self.q_norm else q, ctx.positions)
-        k = self.rope(self.k_norm(k) if self.k_norm else k, ctx.positions)
+        q, k, v = self.qkv_proj(x, ctx.positions)
         y = ctx.attend(self.layer, q, k, v, scale=self.scale, window=self.window)  # [T, H, D]
         return self.o_proj(y.flatten(-2))
 

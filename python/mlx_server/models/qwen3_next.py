@@ -9,7 +9,7 @@ import msgspec
 from mlx_server.checkpoint.json_file import JsonObject
 from mlx_server.models.base import KVSpec, StateSpec, StepContext
 from mlx_server.models.config import Count, convert
-from mlx_server.models.layers import CausalLM, Linear, PreNormLayer, RMSNorm, Rope, SwiGLU
+from mlx_server.models.layers import CausalLM, Linear, PreNormLayer, QkvProjection, RMSNorm, Rope, SwiGLU
 from mlx_server.models.moe import MoEArgs, SparseMoE
 from mlx_server.models.rope import read_rope_parameters
 from mlx_server.models.weights import Weights
@@ -144,24 +144,18 @@ class GatedAttention:
     """Attention whose output passes a gate, one number for each feature of each head."""
 
     def __init__(self, weights: Weights, args: Qwen3NextArgs, layer: int, rope: Rope, form: Form) -> None:
-        self.layer, self.head_dim, self.rope = layer, args.head_size, rope
-        q_features, kv_features = args.num_attention_heads * self.head_dim, args.num_kv_heads * self.head_dim
+        self.layer, self.scale = layer, args.head_size**-0.5
         bias = args.attention_bias
-        self.q_proj = Linear(weights.at("q_proj"), args.hidden_size, 2 * q_features, bias=bias)
-        self.k_proj = Linear(weights.at("k_proj"), args.hidden_size, kv_features, bias=bias)
-        self.v_proj = Linear(weights.at("v_proj"), args.hidden_size, kv_features, bias=bias)
+        q_norm, k_norm = (
+            form.norm(weights.at(name), args.head_size, args.rms_norm_eps) for name in ("q_norm", "k_norm")
+        )
+        self.qkv_proj = QkvProjection(weights, args, rope, bias=bias, q_norm=q_norm, k_norm=k_norm, gated=True)
+        q_features = args.num_attention_heads * args.head_size
         self.o_proj = Linear(weights.at("o_proj"), q_features, args.hidden_size, bias=bias)
-        self.q_norm = form.norm(weights.at("q_norm"), self.head_dim, args.rms_norm_eps)
-        self.k_norm = form.norm(weights.at("k_norm"), self.head_dim, args.rms_norm_eps)
 
     def __call__(self, x: mx.array, ctx: StepContext) -> mx.array:
-        num_tokens = x.shape[0]
-        q, gate = mx.split(self.q_proj(x).reshape(num_tokens, -1, 2 * self.head_dim), 2, axis=-1)  # [T, H, D] each
-        k = self.k_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
-        v = self.v_proj(x).reshape(num_tokens, -1, self.head_dim)  # [T, Hk, D]
-        q = self.rope(self.q_norm(q), ctx.positions)
-        k = self.rope(self.k_norm(k), ctx.positions)
-        y = ctx.attend(self.layer, q, k, v, scale=self.head_dim**-0.5)  # [T, H, D]
+        q, k, v, gate = self.qkv_proj.with_gate(x, ctx.positions)
+        y = ctx.attend(self.layer, q, k, v, scale=self.scale)  # [T, H, D]
         return self.o_proj((y * mx.sigmoid(gate)).flatten(-2))
 
 

@@ -1,5 +1,6 @@
 """A checkpoint's tensors on their way into a model."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -76,6 +77,12 @@ class Weights:
     ) -> mx.array:
         """The tensors `names`, each taken as by `take`, along a new first axis."""
         return self._keep(mx.stack([self._remove(name, shape, dtype) for name in names]))
+
+    def join(self, parts: Sequence[mx.array]) -> mx.array:
+        """What was taken as `parts`, one below the other: only this stays in memory."""
+        ids = {id(part) for part in parts}
+        self.taken[:] = [tensor for tensor in self.taken if id(tensor) not in ids]
+        return self._keep(mx.concatenate(list(parts)), parts[0].dtype)
 
     def _keep(self, tensor: mx.array, cast_to: mx.Dtype | None = None) -> mx.array:
         if mx.issubdtype(tensor.dtype, mx.floating):

@@ -5,28 +5,24 @@ import mlx.core as mx
 from mlx_server import _ext
 
 
-def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
+def silu_mul(x: mx.array, up: mx.array | None = None) -> mx.array:
     """`gate * sigmoid(gate) * up`, the gate of SwiGLU (Shazeer, 2020).
 
     Args:
-        gate, up: same shape and floating point dtype.
+        x: the gate [..., N], floating point; without `up`, gate and up side by side [..., 2 * N].
+        up: like the gate.
     Returns:
-        An array of that shape and dtype.
+        [..., N], the dtype of x.
     Raises:
         ValueError: shapes or dtypes don't fit.
     """
-    return _ext.silu_mul(gate, up)
+    return _ext.silu_mul(x, up)
 
 
-def gelu_mul(gate: mx.array, up: mx.array) -> mx.array:
+def gelu_mul(x: mx.array, up: mx.array | None = None) -> mx.array:
     """`gelu(gate) * up`, the gate of GeGLU (Shazeer, 2020), with GELU's approximation by tanh
     (https://arxiv.org/abs/1606.08415).
 
-    Args:
-        gate, up: same shape and floating point dtype.
-    Returns:
-        An array of that shape and dtype.
-    Raises:
-        ValueError: shapes or dtypes don't fit.
+    Args, returns and errors are those of `silu_mul`.
     """
-    return _ext.gelu_mul(gate, up)
+    return _ext.gelu_mul(x, up)
