@@ -11,11 +11,11 @@ namespace {
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kDirectRows = 5;
+  static constexpr int kDirectRows = 8;
   static constexpr int kNearRows = kDirectRows;
   static constexpr int kPanelRows = 6;  // 6 x 4 sums, 4 weights and one x in 32 registers
 
-  static constexpr int direct_columns(int) { return LinearKernels::kColumns; }
+  static constexpr int direct_columns(int rows) { return rows <= 5 ? 4 : 2; }  // 5 x 4 or 8 x 2 sums in 32 registers
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
