@@ -223,6 +223,7 @@ def test_fields(fields: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"tools": [{"name": "f", "input_schema": {"type": 5}}]}, "tools[0].input_schema.type", "must be 'object'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs `tools`"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name", "no tool 'f'"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name", "names must be unique"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "is missing"),
         ({"stop_sequences": ["a", ""]}, "stop_sequences[1]", "1 to 4096 characters"),
         ({"thread": {"type": "create"}}, "thread", "send the whole conversation"),

@@ -55,7 +55,7 @@ def to_prompt(body: wire.CountTokensRequest) -> ChatRequest:
     choice = body.tool_choice or wire.ToolChoice("auto")
     return ChatRequest(
         messages=messages,
-        tools=[_to_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])],
+        tools=_to_tools(body.tools or []),
         tool_choice=_to_tool_choice(choice, body.tools or []),
         parallel_tool_calls=not choice.disable_parallel_tool_use,
         reasoning=_to_reasoning(body),
@@ -193,6 +193,15 @@ def _document_text(block: wire.DocumentBlock, path: str) -> str:
 def _misplaced(block: wire.Block, path: str, role: str) -> InvalidRequestError:
     kind = block.__struct_config__.tag
     return InvalidRequestError(f"`{path}`: a turn of role {role} can't hold blocks of type {kind}.", param=path)
+
+
+def _to_tools(tools: Sequence[wire.Tool]) -> list[Tool]:
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            fault = f"`tools[{i}].name`: names must be unique, but {name!r} was given before."
+            raise InvalidRequestError(fault, param=f"tools[{i}].name")
+    return [_to_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
 def _to_tool(tool: wire.Tool, path: str) -> Tool:
