@@ -121,7 +121,7 @@ TEST(agrees_with_the_definition) {
     std::cerr << "  " << kernels->name << "\n";
     for (const int bits : {2, 3, 4, 5, 6, 8}) {
       for (const int group_size : {32, 64, 128}) {
-        for (const std::int64_t rows : {1, 2, 3, 4, 7, 21}) {
+        for (const std::int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 21}) {
           check_definition(*kernels, pool, Problem(rows, 37, 2 * group_size, group_size, bits));
           check_definition(*kernels, pool, Problem(rows, 1, 5 * group_size, group_size, bits));
         }
@@ -134,7 +134,7 @@ TEST(floating_point_weights_agree_with_the_definition) {
   ThreadPool pool(3);
   for (const LinearKernels* kernels : mlx_server::linear_kernels()) {
     for (const Form form : kFloatForms) {
-      for (const std::int64_t rows : {1, 2, 5, 6, 21}) {
+      for (const std::int64_t rows : {1, 2, 5, 6, 8, 21}) {
         check_definition(*kernels, pool, Problem(rows, 37, 64, form));
         check_definition(*kernels, pool, Problem(rows, 1, 160, form));
       }
