@@ -1,5 +1,5 @@
-"""What drafts gain on the demo model: a text that is to be repeated with a small edit, and free chat, each with and
-without speculation. All greedy but the sampled chat; the tokens are the same either way."""
+"""What drafts gain on the demo model: a text that repeats itself, one that is to be repeated with a small edit, and
+free chat, each with and without speculation. All greedy but the sampled chat; the tokens are the same either way."""
 
 import pytest
 
@@ -19,6 +19,7 @@ When the lamp was lit for the first time, the fishermen of Ellerby rowed out bey
 EDIT = f"Repeat this text word for word, but write Northby instead of Ellerby:\n\n{TEXT}"
 # The answer's begin is given: so small a model does not do as it is told otherwise. It leaves out a sentence or two.
 BEGUN = "The harbour town of Northby lies where the river Marn"
+WEEK = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, "
 CHAT = [
     "Why is the sky blue?",
     "Tell me a story about a fox who learns to read.",
@@ -33,6 +34,8 @@ GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, seed=1)
 # Questions, begin of the answers, their tokens.
 TASKS = {
+    "repetition": (["Say the days of the week, again and again."], WEEK * 3, 120, GREEDY),
+    "repetition, 4 at once": (["Say the days of the week, again and again."] * 4, WEEK * 3, 120, GREEDY),
     "edit": ([EDIT], BEGUN, 75, GREEDY),
     "edit, 4 at once": ([EDIT] * 4, BEGUN, 75, GREEDY),
     "chat": (CHAT[:1], "", 150, GREEDY),
