@@ -206,8 +206,8 @@ void quantize_rows(const float* x, std::size_t num_rows, std::size_t head_dim, s
 
 std::span<const AttentionKernel* const> attention_kernels() {
 #if defined(__x86_64__)
-  static const AttentionKernel* const all[] = {&kAttentionAvx2, &kAttentionPortable};
-  return std::span(all).subspan(cpu_has_avx2() ? 0 : 1);
+  static const AttentionKernel* const all[] = {&kAttentionAvx512, &kAttentionAvx2, &kAttentionPortable};
+  return std::span(all).subspan(cpu_has_avx512() ? 0 : cpu_has_avx2() ? 1 : 2);
 #else
   static const AttentionKernel* const all[] = {&kAttentionPortable};
   return all;

@@ -80,6 +80,6 @@ void paged_attention(const PagedAttention& op, ThreadPool& pool,
 // Rows of x [num_rows, head_dim] as integers and scales, see kv_quantize.kernel.
 void quantize_rows(const float* x, std::size_t num_rows, std::size_t head_dim, std::int8_t* integers, float* scales);
 
-extern const AttentionKernel kAttentionAvx2, kAttentionPortable;
+extern const AttentionKernel kAttentionAvx512, kAttentionAvx2, kAttentionPortable;
 
 }  // namespace mlx_server

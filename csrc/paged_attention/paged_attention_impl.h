@@ -13,136 +13,20 @@
 
 #include "common/simd.h"
 #include "paged_attention/paged_attention_cpu.h"
+#include "paged_attention/paged_attention_keys.h"
 
 namespace mlx_server {
 
 namespace {
 
 constexpr int kVector = static_cast<int>(kLanes);
+// Some heads over a chunk wait for memory, more of them for products, which need more sums at once.
+constexpr int kFewHeads = 7;
+constexpr int kFewSums = 8;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Where the keys and values of one chunk lie: the only thing that knows of blocks.
-struct Chunk {
-  int begin = 0, end = 0;
-  const float* keys[kMaxChunkSize + kVector - 1];
-  const float* values[kMaxChunkSize];
-
-  int size() const { return end - begin; }
-};
-
-// A row of `rows`, made of integers in `scratch` if it is not there as floats.
-inline const float* float_row(const CachedRows& rows, std::ptrdiff_t row, int head_dim, float* __restrict scratch) {
-  if (rows.floats != nullptr) {
-    return rows.floats + row * head_dim;
-  }
-  const std::int8_t* integers = rows.integers + row * head_dim;
-  const float scale = rows.scales[row];
-  // A plain loop: GCC converts vectors of 8 bytes element by element.
-  for (int d = 0; d < head_dim; ++d) {
-    scratch[d] = static_cast<float>(integers[d]) * scale;
-  }
-  return scratch;
-}
-
-// Where the rows of the keys from `begin` on lie in the pool.
-class Slots {
- public:
-  Slots(const PagedAttention& op, int row, int begin)
-      : block_(op.block_tables + static_cast<std::ptrdiff_t>(row) * op.max_blocks + begin / op.block_size),
-        block_size_(op.block_size),
-        offset_(begin % op.block_size) {}
-
-  std::ptrdiff_t next() {
-    const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(*block_) * block_size_ + offset_;
-    if (++offset_ == block_size_) {
-      offset_ = 0;
-      ++block_;
-    }
-    return slot;
-  }
-
- private:
-  const std::int32_t* block_;
-  int block_size_, offset_;
-};
-
-// The keys and values [begin, end). scratch [2 * kMaxChunkSize, D]: of those made from integers.
-inline void locate(const PagedAttention& op, const AttentionTile& tile, int kv_head, int begin, int end, float* scratch,
-                   Chunk& chunk) {
-  Slots slots(op, tile.row, begin);
-  chunk.begin = begin;
-  chunk.end = end;
-  for (int i = 0; i < chunk.size(); ++i) {
-    const std::ptrdiff_t row = slots.next() * op.num_kv_heads + kv_head;
-    chunk.keys[i] = float_row(op.keys, row, op.head_dim, scratch + i * op.head_dim);
-    chunk.values[i] = float_row(op.values, row, op.head_dim, scratch + (kMaxChunkSize + i) * op.head_dim);
-  }
-  // Scores are computed kVector at a time; what is too much repeats the last key and is dropped.
-  for (int i = chunk.size(); i < chunk.size() + kVector - 1; ++i) {
-    chunk.keys[i] = chunk.keys[chunk.size() - 1];
-  }
-}
-
-// Asks memory for the keys and values that come next, of all of a tile's heads. A little at a time between products, as
-// a processor waits when too many requests are under way.
-class Prefetcher {
- public:
-  Prefetcher(const PagedAttention& op, const AttentionTile& tile, int begin) : slots_(op, tile.row, begin) {
-    const bool is_float = op.keys.floats != nullptr;
-    keys_ = is_float ? reinterpret_cast<const char*>(op.keys.floats) : reinterpret_cast<const char*>(op.keys.integers);
-    values_ =
-        is_float ? reinterpret_cast<const char*>(op.values.floats) : reinterpret_cast<const char*>(op.values.integers);
-    const std::ptrdiff_t row_size = op.head_dim * static_cast<std::ptrdiff_t>(is_float ? sizeof(float) : 1);
-    stride_ = op.num_kv_heads * row_size;
-    first_ = tile.first_kv_head * row_size;
-    size_ = tile.num_kv_heads * row_size;
-  }
-
-  // To be asked for by the next steps.
-  void add(int num_keys) {
-    if (num_keys_ == 0 && num_keys > 0) {
-      offset_ = slots_.next() * stride_ + first_;
-      end_ = offset_ + size_;
-    }
-    num_keys_ += num_keys;
-  }
-
-  void step() {
-    if (num_keys_ == 0) {
-      return;
-    }
-    for (int line = 0; line < kLines; ++line) {
-      __builtin_prefetch(keys_ + offset_ + line * kLineSize, /*write=*/0, kToL2);
-      __builtin_prefetch(values_ + offset_ + line * kLineSize, /*write=*/0, kToL2);
-    }
-    offset_ += kLines * kLineSize;
-    if (offset_ < end_) {
-      return;
-    }
-    if (--num_keys_ > 0) {
-      offset_ = slots_.next() * stride_ + first_;
-      end_ = offset_ + size_;
-    }
-  }
-
-  void finish() {
-    while (num_keys_ > 0) {
-      step();
-    }
-  }
-
- private:
-  static constexpr int kLineSize = 64, kLines = 4, kToL2 = 2;
-
-  Slots slots_;
-  const char *keys_, *values_;
-  std::ptrdiff_t stride_, first_, size_;  // of all heads, of the tile's in them, and theirs
-  std::ptrdiff_t offset_ = 0, end_ = 0;   // of the next line of a key, and where its row ends
-  int num_keys_ = 0;
-};
-
 // The sums of the lanes of eight vectors.
-inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
+inline void sum_lanes(const Floats* v, Floats& sums) {
   Floats pairs[4], quads[2];
   for (int i = 0; i < 4; ++i) {
     const Floats &a = v[2 * i], &b = v[2 * i + 1];
@@ -158,15 +42,15 @@ inline void sum_lanes(const Floats (&v)[kLanes], Floats& sums) {
          __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// scores[h][i] = q[h] · keys[i] of kHeads heads q [kHeads, D] and num_keys keys, in registers for eight of them at
-// once.
-template <int kHeads>
+// scores[h][i] = q[h] · keys[i] of kHeads heads q [kHeads, D] and num_keys keys, in registers for kNumSums of them
+// at once.
+template <int kHeads, int kNumSums>
 inline void dot_keys(const float* q, const float* const* keys, int num_keys, int head_dim, Prefetcher& prefetcher,
                      float (&scores)[kHeads][kMaxChunkSize]) {
-  constexpr int kKeys = kVector / kHeads;
+  constexpr int kKeys = kNumSums / kHeads;
   for (int i = 0; i < num_keys; i += kKeys) {
     prefetcher.step();
-    Floats sums[kLanes] = {};
+    Floats sums[kNumSums] = {};
     for (int d = 0; d < head_dim; d += kVector) {
       Floats x[kHeads];
       for (int h = 0; h < kHeads; ++h) {
@@ -180,10 +64,14 @@ inline void dot_keys(const float* q, const float* const* keys, int num_keys, int
         }
       }
     }
-    Floats dots;
-    sum_lanes(sums, dots);
+    float dots[kNumSums];
+    for (int first = 0; first < kNumSums; first += kVector) {
+      Floats part;
+      sum_lanes(sums + first, part);
+      store(dots + first, part);
+    }
     for (int h = 0; h < kHeads; ++h) {
-      std::memcpy(scores[h] + i, reinterpret_cast<const float*>(&dots) + h * kKeys, kKeys * sizeof(float));
+      std::memcpy(scores[h] + i, dots + h * kKeys, kKeys * sizeof(float));
     }
   }
 }
@@ -227,10 +115,10 @@ inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const floa
   }
 }
 
-template <int kHeads>
-inline void add_values(const float (&weights)[kHeads][kMaxChunkSize], const float* const* values, int num_values,
-                       float* acc, int head_dim, Prefetcher& prefetcher) {
-  constexpr int kVectors = kVector / kHeads;
+template <int kHeads, int kNumSums>
+inline void add_all_values(const float (&weights)[kHeads][kMaxChunkSize], const float* const* values, int num_values,
+                           float* acc, int head_dim, Prefetcher& prefetcher) {
+  constexpr int kVectors = kNumSums / kHeads;
   int d = 0;
   for (; d + kVectors * kVector <= head_dim; d += kVectors * kVector) {
     add_values<kHeads, kVectors>(weights, values, num_values, d, acc, head_dim, prefetcher);
@@ -303,24 +191,24 @@ inline void update(const PagedAttention& op, float* scores, int num_seen, Online
 }
 
 // kHeads heads over the part [first, first + num_seen) of a chunk, which they all may see.
-template <int kHeads>
+template <int kHeads, int kNumSums>
 inline void attend_chunk(const PagedAttention& op, const float* q, const Chunk& chunk, int first, int num_seen,
                          OnlineSoftmax* softmax, float* acc, Prefetcher& prefetcher) {
   alignas(64) float scores[kHeads][kMaxChunkSize];
-  dot_keys<kHeads>(q, chunk.keys + first, num_seen, op.head_dim, prefetcher, scores);
+  dot_keys<kHeads, kNumSums>(q, chunk.keys + first, num_seen, op.head_dim, prefetcher, scores);
   for (int h = 0; h < kHeads; ++h) {
     update(op, scores[h], num_seen, softmax[h], acc + h * op.head_dim);
   }
-  add_values<kHeads>(scores, chunk.values + first, num_seen, acc, op.head_dim, prefetcher);
+  add_all_values<kHeads, kNumSums>(scores, chunk.values + first, num_seen, acc, op.head_dim, prefetcher);
 }
 
 // All queries over a chunk of one key/value head. q and acc [num_queries * group, D], softmax [num_queries * group].
 inline void attend_queries(const PagedAttention& op, const AttentionTile& tile, const Chunk& chunk, const float* q,
                            OnlineSoftmax* softmax, float* acc, Prefetcher& prefetcher) {
   const int group = op.num_heads / op.num_kv_heads, num_heads = tile.num_queries * group;
-  const auto attend_heads = [&]<int kHeads>(int i, int first, int end) {
-    attend_chunk<kHeads>(op, q + i * op.head_dim, chunk, first - chunk.begin, end - first, softmax + i,
-                         acc + i * op.head_dim, prefetcher);
+  const auto attend_heads = [&]<int kHeads, int kNumSums = kFewSums>(int i, int first, int end) {
+    attend_chunk<kHeads, kNumSums>(op, q + i * op.head_dim, chunk, first - chunk.begin, end - first, softmax + i,
+                                   acc + i * op.head_dim, prefetcher);
   };
   for (int i = 0; i < num_heads;) {
     // The first of some heads sees the fewest of the last keys, the last of them the fewest of the first keys.
@@ -330,7 +218,8 @@ inline void attend_queries(const PagedAttention& op, const AttentionTile& tile, 
       return i + heads <= num_heads && seen_end >= chunk.end && last_end - op.window <= chunk.begin;
     };
     if (see_all(4)) {
-      attend_heads.template operator()<4>(i, chunk.begin, chunk.end);
+      num_heads <= kFewHeads ? attend_heads.template operator()<4>(i, chunk.begin, chunk.end)
+                             : attend_heads.template operator()<4, kMaxSums>(i, chunk.begin, chunk.end);
       i += 4;
     } else if (see_all(2)) {
       attend_heads.template operator()<2>(i, chunk.begin, chunk.end);
@@ -359,8 +248,12 @@ inline void begin_part(const PagedAttention& op, const AttentionTile& tile, floa
     }
   }
   const int num_heads = tile.num_kv_heads * tile.num_queries * group;
-  std::fill_n(part.softmax, num_heads, OnlineSoftmax{-kInfinity, 0});
-  std::fill_n(part.acc, num_heads * op.head_dim, 0.0f);
+  for (int i = 0; i < num_heads; ++i) {
+    part.softmax[i] = {-kInfinity, 0};
+  }
+  for (int i = 0; i < num_heads * op.head_dim; ++i) {
+    part.acc[i] = 0;
+  }
 }
 
 void attend(const PagedAttention& op, const AttentionTile& tile, int split, float* scratch, const AttentionPart& part) {
