@@ -167,7 +167,7 @@ def test_a_process_that_is_gone_is_noticed_while_there_is_nothing_to_send(tmp_pa
 
             monkeypatch.setattr(harness.server, "_send", record)
             bystander.send(make_submit("slow", [1] * 90_000, 1))
-            until(lambda: len(sent) == 2 and gauge(core, "num_requests_running") == 1)
+            until(lambda: len(sent) >= 2 and gauge(core, "num_requests_running") == 1)  # one may greet twice
             for _ in range(4):
                 process.send(max_tokens=5)
             until(lambda: gauge(core, "num_requests_waiting") == 4)
