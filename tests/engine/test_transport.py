@@ -153,19 +153,19 @@ def gauge(core: EngineCore, name: str) -> float:
 def test_a_process_that_is_gone_is_noticed_while_there_is_nothing_to_send(tmp_path: Path, monkeypatch) -> None:
     """A real API process, whose workers are killed while their requests wait for a place. Then another client, whose
     prompt, of a token a step, has the only place."""
+    sent: list[wire.EngineMessage] = []
+    send = EngineServer._send
+
+    def record(server: EngineServer, connection: bytes, message: wire.EngineMessage) -> None:
+        sent.append(message)
+        send(server, connection, message)
+
+    monkeypatch.setattr(EngineServer, "_send", record)
     with running(tmp_path) as process:
         process.engine.stop()
         sizes = {"num_blocks": 30_000, "max_batch_tokens": 1, "max_running": 1, "context": 100_000}
         with Harness(process.engine.address, **sizes) as harness:
             core, bystander = harness.core, harness.connect()
-            sent: list[wire.EngineMessage] = []
-            send = harness.server._send
-
-            def record(connection: bytes, message: wire.EngineMessage) -> None:
-                sent.append(message)
-                send(connection, message)
-
-            monkeypatch.setattr(harness.server, "_send", record)
             bystander.send(make_submit("slow", [1] * 90_000, 1))
             until(lambda: len(sent) >= 2 and gauge(core, "num_requests_running") == 1)  # one may greet twice
             for _ in range(4):
