@@ -1,6 +1,7 @@
 """Fixtures of several suites."""
 
 import signal
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fake_engine import Backend
+    from mlx_server.wire import RequestOutput
 
 # The same examples in every run, and no test that fails because the machine is busy.
 hypothesis.settings.register_profile(
@@ -30,6 +32,21 @@ def backend(tmp_path: Path) -> "Iterator[Backend]":
     backend = Backend(tmp_path)
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def outputs_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers take the engine's outputs one at a time, so that two are never joined, however late a thread runs."""
+    from mlx_server.engine_client import EngineStream  # noqa: PLC0415 - only its users need ZeroMQ
+
+    get_all, held = EngineStream.get, defaultdict(list)
+
+    def get(self: EngineStream, timeout_s: float) -> "list[RequestOutput] | None":
+        outputs = held[self] or get_all(self, timeout_s) or []
+        held[self] = outputs[1:]
+        return outputs[:1] or None
+
+    monkeypatch.setattr(EngineStream, "get", get)
 
 
 @pytest.fixture(scope="session")

@@ -188,6 +188,7 @@ def test_an_early_failure_has_a_status(post: Post, backend: Backend, fields: dic
     assert result.headers["retry-after"] == "2"
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_a_late_failure_is_an_event(post: Post, backend: Backend) -> None:
     backend.engine.script = failing("engine_died", after="so far")
     result = post(stream=True)

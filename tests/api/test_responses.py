@@ -183,6 +183,7 @@ def test_an_early_failure_has_a_status(post: Post, backend: Backend, fields: dic
     assert (result.status_code, result.headers["retry-after"]) == (503, "2")
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_a_late_failure_is_told_in_both_ways(sdk: openai.OpenAI, backend: Backend) -> None:
     backend.engine.script = failing("engine_died", after="so far")
     *_, error, last = sdk.responses.create(model="tiny", input="Hi", stream=True)

@@ -113,6 +113,7 @@ def test_an_empty_answer(backend: Backend, post: Post) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in stream] == [None, "stop"]
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_one_step_is_one_chunk(backend: Backend, post: Post) -> None:
     def script(submit: Submit) -> Iterator[RequestOutput]:
         yield Tokens(submit.request_id, list(b"one "))
@@ -123,6 +124,7 @@ def test_one_step_is_one_chunk(backend: Backend, post: Post) -> None:
     assert deltas == ["", "one ", "two", None]
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_a_failure_in_the_stream_is_its_last_event(backend: Backend, post: Post) -> None:
     backend.engine.script = failing("engine_died", after="so far")
     result = post(stream=True)

@@ -42,6 +42,7 @@ def test_the_engine_gets_what_was_asked_for(backend: Backend) -> None:
     assert submit.sampling == SamplingParams(temperature=0.3, top_k=4, seed=9)
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_no_event_holds_half_a_character(backend: Backend) -> None:
     backend.engine.script = answer("é😀漢")
     assert [event.text for event in start(backend) if isinstance(event, TextDelta)] == ["é", "😀", "漢"]
@@ -53,6 +54,7 @@ def test_half_a_character_at_the_end_is_dropped(backend: Backend) -> None:
     assert (text, done.finish_reason, done.usage.num_output_tokens) == ("ab", "length", 4)
 
 
+@pytest.mark.usefixtures("outputs_one_by_one")
 def test_tokens_of_one_step_are_one_delta(backend: Backend) -> None:
     def script(submit: Submit) -> Iterator[RequestOutput]:
         yield Tokens(submit.request_id, list(b"one "))
