@@ -39,7 +39,8 @@ def outputs_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers take the engine's outputs one at a time, so that two are never joined, however late a thread runs."""
     from mlx_server.engine_client import EngineStream  # noqa: PLC0415 - only its users need ZeroMQ
 
-    get_all, held = EngineStream.get, defaultdict(list)
+    get_all = EngineStream.get
+    held: defaultdict[EngineStream, list[RequestOutput]] = defaultdict(list)
 
     def get(self: EngineStream, timeout_s: float) -> "list[RequestOutput] | None":
         outputs = held[self] or get_all(self, timeout_s) or []
