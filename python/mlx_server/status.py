@@ -8,6 +8,7 @@ file there means that the supervisor is gone, however it died.
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,16 @@ def end_with_supervisor(run_dir: Path | None = None, *, stdin_fd: int = 0) -> No
         while os.read(stdin_fd, 1):
             pass
         if run_dir is not None:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            _remove(run_dir)
         os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _remove(folder: Path) -> None:
+    """Again until it is gone: other threads and processes, which end too, may still write there, and that keeps it."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
