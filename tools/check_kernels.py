@@ -3,7 +3,8 @@
     python tools/check_kernels.py
 
 For Metal by clang, whose address spaces stand in for Metal's: a pointer without its qualifier is an error here as
-there. For CUDA by NVRTC, as MLX does; it has no package for machines other than Linux on x86-64, and is left out there.
+there. For CUDA by NVRTC, as MLX does, and no register may spill; it has no package for machines other than Linux on
+x86-64, and is left out there.
 The signature around a kernel's body is written as MLX writes it, from the lines "inputs:", "outputs:" and "constants:"
 of the file.
 """
@@ -102,7 +103,7 @@ struct Shape {
   __device__ int operator[](int axis) const { return sizes[axis]; }
 };
 """
-CUDA_ARCHITECTURE = "compute_80"  # the oldest with the matrix units that kernels use
+CUDA_ARCHITECTURE = "sm_80"  # the oldest with the matrix units that kernels use
 
 
 def declared(text: str, label: str) -> list[list[str]]:
@@ -173,9 +174,10 @@ class Nvrtc:
     def __init__(self, folder: Path) -> None:
         self._library = ctypes.CDLL(str(next(folder.glob("lib/libnvrtc.so.*"))))
         self._options = [f"--gpu-architecture={CUDA_ARCHITECTURE}", "-std=c++20", f"-I{folder / 'include'}"]
+        self._options.append("--ptxas-options=-v")  # says what spills
 
     def compile_error(self, text: str) -> str:
-        """What it says, or nothing."""
+        """What it says if it fails or registers spill, or nothing."""
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         self._call("CreateProgram", ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None)
         options = (ctypes.c_char_p * len(self._options))(*(option.encode() for option in self._options))
@@ -184,7 +186,8 @@ class Nvrtc:
         log = ctypes.create_string_buffer(size.value)
         self._call("GetProgramLog", program, log)
         self._call("DestroyProgram", ctypes.byref(program))
-        return "" if compiled else log.value.decode()
+        text = log.value.decode()
+        return "" if compiled and not re.search("[1-9][0-9]* bytes spill", text) else text
 
     def _call(self, function: str, *arguments: object) -> None:
         status = getattr(self._library, f"nvrtc{function}")(*arguments)
@@ -218,7 +221,7 @@ def cuda_faults(nvrtc: Nvrtc, kernel: str) -> list[str]:
 def element_types(kernel: str) -> list[str]:
     if "T = float" not in kernel:
         return TYPES[:1]
-    return TYPES[1:] if "MATRIX_" in kernel else TYPES  # matrix units want 16 bits
+    return TYPES[1:] if "MATRIX_" in with_includes(kernel) else TYPES  # matrix units want 16 bits
 
 
 def main() -> int:

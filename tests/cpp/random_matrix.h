@@ -1,6 +1,7 @@
-// Random matrices as GPU kernels read them.
+// Random matrices as GPU kernels read them, and rows of their products.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <random>
@@ -70,5 +71,17 @@ struct Matrix {
     return sum;
   }
 };
+
+// Row r of `together`, of n columns, is `alone`.
+template <typename T>
+bool is_row(const std::vector<T>& alone, const std::vector<T>& together, int r, int n) {
+  return std::equal(alone.begin(), alone.end(), together.begin() + r * n,
+                    [](T a, T b) { return static_cast<float>(a) == static_cast<float>(b); });
+}
+
+template <typename T>
+std::vector<T> row_of(const std::vector<T>& x, int r, int k) {
+  return {x.begin() + r * k, x.begin() + (r + 1) * k};
+}
 
 }  // namespace mlx_server

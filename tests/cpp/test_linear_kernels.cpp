@@ -10,7 +10,8 @@
 
 namespace {
 
-using mlx_server::HostBfloat16, mlx_server::Matrix, mlx_server::random, mlx_server::Word;
+using mlx_server::HostBfloat16, mlx_server::is_row, mlx_server::Matrix, mlx_server::random, mlx_server::row_of,
+    mlx_server::Word;
 
 template <typename T, int BITS, int GROUP_SIZE, int ROWS, int COLUMNS, int SPLIT, int THREADS>
 void decode_kernel(const T* x, const int* x_shape, const std::uint32_t* weight, const int* weight_shape,
@@ -59,18 +60,6 @@ TEST(decode_agrees_with_the_definition) {
   check<float, 4, 64, 8, 1>(17, 18, 64, 1e-5);
   check<HostBfloat16, 4, 64, 4, 2>(3, 12, 256, 1e-2);
   check<HostBfloat16, 8, 64, 1, 4>(1, 12, 2112, 1e-2);
-}
-
-// Row r of `together`, of n columns, is `alone`.
-template <typename T>
-bool is_row(const std::vector<T>& alone, const std::vector<T>& together, int r, int n) {
-  return std::equal(alone.begin(), alone.end(), together.begin() + r * n,
-                    [](T a, T b) { return static_cast<float>(a) == static_cast<float>(b); });
-}
-
-template <typename T>
-std::vector<T> row_of(const std::vector<T>& x, int r, int k) {
-  return {x.begin() + r * k, x.begin() + (r + 1) * k};
 }
 
 TEST(a_row_does_not_depend_on_the_rows_beside_it) {

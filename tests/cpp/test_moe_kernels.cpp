@@ -1,4 +1,5 @@
 // The portable kernels of moe: the router against the CPU's, experts against the definition in double precision.
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -15,7 +16,8 @@
 
 namespace {
 
-using mlx_server::HostBfloat16, mlx_server::Matrix, mlx_server::Word, mlx_server::random, mlx_server::rng;
+using mlx_server::HostBfloat16, mlx_server::is_row, mlx_server::Matrix, mlx_server::random, mlx_server::rng,
+    mlx_server::row_of, mlx_server::Word;
 using Floats = std::vector<float>;
 
 template <typename T, int PER_LANE, int TOP_K, int SOFTMAX, int NORMALIZE>
@@ -101,6 +103,14 @@ void join_kernel(const T* rows, const int* rows_shape, const std::uint32_t* row_
 #include "moe/moe_join.kernel"
 }
 
+std::vector<int> random_experts(int size, int num_experts) {
+  std::vector<int> experts;
+  for (int i = 0; i < size; ++i) {
+    experts.push_back(static_cast<int>(rng() % static_cast<unsigned>(num_experts)));
+  }
+  return experts;
+}
+
 struct Sizes {
   int tokens, num_experts, top_k, d, n;
 };
@@ -113,10 +123,7 @@ void check_few_tokens(const Sizes& sizes, int group_size, double tolerance) {
       down(num_experts, d, n, group_size);
   const auto x = random<T>(tokens * d), shared = random<T>(tokens * d);
   const auto weights = random<float>(tokens * top_k);
-  std::vector<int> experts;
-  for (int i = 0; i < tokens * top_k; ++i) {
-    experts.push_back(static_cast<int>(rng() % static_cast<unsigned>(num_experts)));
-  }
+  const auto experts = random_experts(tokens * top_k, num_experts);
   const std::array<int, 2> x_shape{tokens, d}, experts_shape{tokens, top_k};
   const std::array<int, 3> hidden_shape{tokens, top_k, n};
   std::vector<T> hidden(static_cast<std::size_t>(tokens * top_k * n)), y(static_cast<std::size_t>(tokens * d));
@@ -206,6 +213,139 @@ TEST(join_puts_rows_in_order_and_adds_them_up) {
     }
     CHECK_NEAR(y_alone[static_cast<std::size_t>(i)], want, 1e-6);
     CHECK_NEAR(y[static_cast<std::size_t>(i)], want + static_cast<double>(shared[static_cast<std::size_t>(i)]), 1e-6);
+  }
+}
+
+template <int EXPERTS, int ROWS, int THREADS>
+void sort_kernel(const int* experts, const int* experts_shape, int* token_of_row, std::uint32_t* row_of_pair,
+                 int* tiles) {
+#include "moe/moe_sort.kernel"
+}
+
+struct Sorted {
+  std::vector<int> token_of_row;
+  std::vector<std::uint32_t> row_of_pair;
+  std::vector<std::array<int, 3>> tiles;
+};
+
+template <int EXPERTS, int ROWS>
+Sorted sort(const std::vector<int>& experts, int top_k) {
+  constexpr int kThreads = 64;
+  const int pairs = static_cast<int>(experts.size());
+  const std::array<int, 2> shape{pairs / top_k, top_k};
+  Sorted sorted{
+      std::vector<int>(experts.size(), -1), std::vector<std::uint32_t>(experts.size()),
+      std::vector<std::array<int, 3>>(static_cast<std::size_t>(pairs / ROWS + std::min(EXPERTS, pairs)), {-1, -1, -1})};
+  mlx_server::host_launch({1, 1, 1}, kThreads, [&] {
+    sort_kernel<EXPERTS, ROWS, kThreads>(experts.data(), shape.data(), sorted.token_of_row.data(),
+                                         sorted.row_of_pair.data(), sorted.tiles.front().data());
+  });
+  return sorted;
+}
+
+template <int EXPERTS, int ROWS>
+void check_sort(const std::vector<int>& experts, int top_k) {
+  const Sorted sorted = sort<EXPERTS, ROWS>(experts, top_k);
+  std::vector<int> expert_of_row(experts.size(), -1);
+  for (std::size_t pair = 0; pair < experts.size(); ++pair) {
+    const std::uint32_t row = sorted.row_of_pair[pair];
+    CHECK(row < experts.size() && expert_of_row[row] == -1);
+    expert_of_row[row] = experts[pair];
+    CHECK(sorted.token_of_row[row] == static_cast<int>(pair) / top_k);
+  }
+  int next = 0;
+  for (const auto& [expert, row, end] : sorted.tiles) {
+    if (row == end) {
+      continue;
+    }
+    CHECK(row == next && row < end && end <= row + ROWS);
+    for (next = row; next < end; ++next) {
+      CHECK(expert_of_row[static_cast<std::size_t>(next)] == expert);
+    }
+  }
+  CHECK(next == static_cast<int>(experts.size()));
+}
+
+TEST(sort_gives_each_pair_a_row_and_each_row_a_tile) {
+  check_sort<5, 16>({3}, 1);
+  check_sort<1, 16>(std::vector<int>(33), 1);
+  check_sort<7, 16>(std::vector<int>(48, 6), 3);
+  check_sort<7, 16>(random_experts(300, 7), 3);
+  check_sort<4, 64>(random_experts(600, 4), 2);
+  check_sort<150, 32>(random_experts(800, 150), 8);  // more experts than threads
+}
+
+template <typename T, int BITS, int GROUP_SIZE, int ROWS, int GATHER, int THREADS>
+void matrix_kernel(const T* x, const int* x_shape, const Word<T, BITS == 16 ? 32 : BITS>* weight,
+                   const int* weight_shape, const T* scales, const T* biases, const int* token_of_row, const int* tiles,
+                   T* y) {
+#include "moe/moe_matrix.kernel"
+}
+
+// The rows of x, or those that `sorted` gathers, against the matrices of their experts.
+template <typename T, int BITS, int GROUP_SIZE, int ROWS, int GATHER>
+std::vector<T> multiply_sorted(const std::vector<T>& x, int k, const Matrix<T, BITS == 16 ? 32 : BITS>& matrix,
+                               const Sorted& sorted) {
+  constexpr int kThreads = 128, kColumns = kThreads / 2;
+  const int n = matrix.shape[1];
+  const std::array<int, 2> x_shape{static_cast<int>(x.size()) / k, k};
+  std::vector<T> y(sorted.token_of_row.size() * static_cast<std::size_t>(n));
+  mlx_server::host_launch({(n + kColumns - 1) / kColumns, static_cast<int>(sorted.tiles.size()), 1}, kThreads, [&] {
+    matrix_kernel<T, BITS, GROUP_SIZE, ROWS, GATHER, kThreads>(
+        x.data(), x_shape.data(), matrix.words.data(), matrix.shape.data(), matrix.scales_data(), matrix.biases_data(),
+        sorted.token_of_row.data(), sorted.tiles.front().data(), y.data());
+  });
+  return y;
+}
+
+template <typename T, int BITS, int GROUP_SIZE, int ROWS>
+void check_sorted(int tokens, int top_k, int n, int k, double tolerance) {
+  constexpr int kExperts = 5;
+  const Matrix<T, BITS == 16 ? 32 : BITS> matrix(kExperts, n, k, GROUP_SIZE);
+  const auto experts = random_experts(tokens * top_k, kExperts - 1);  // one has no rows
+  const Sorted sorted = sort<kExperts, ROWS>(experts, top_k);
+  const auto x = random<T>(tokens * k);
+  std::vector<T> gathered;  // what x is without GATHER
+  for (const int token : sorted.token_of_row) {
+    gathered.insert(gathered.end(), x.begin() + token * k, x.begin() + (token + 1) * k);
+  }
+  const auto y = multiply_sorted<T, BITS, GROUP_SIZE, ROWS, 1>(x, k, matrix, sorted);
+  CHECK(is_row(y, multiply_sorted<T, BITS, GROUP_SIZE, ROWS, 0>(gathered, k, matrix, sorted), 0,
+               static_cast<int>(y.size())));
+  for (int pair = 0; pair < tokens * top_k; ++pair) {
+    const auto row = sorted.row_of_pair[static_cast<std::size_t>(pair)];
+    for (int c = 0; c < n; ++c) {
+      const double expected =
+          matrix.multiply(experts[static_cast<std::size_t>(pair)], c, k, x.data() + pair / top_k * k);
+      CHECK_NEAR(static_cast<double>(y[row * static_cast<std::size_t>(n) + static_cast<std::size_t>(c)]), expected,
+                 tolerance * std::max(1.0, std::abs(expected)));
+    }
+  }
+}
+
+TEST(sorted_rows_of_every_width) {
+  check_sorted<float, 2, 32, 16>(9, 2, 9, 96, 1e-5);
+  check_sorted<float, 3, 32, 16>(9, 2, 9, 160, 1e-5);
+  check_sorted<float, 4, 64, 16>(40, 2, 70, 128, 1e-5);  // experts of several tiles
+  check_sorted<float, 5, 64, 16>(2, 1, 9, 192, 1e-5);
+  check_sorted<float, 6, 64, 32>(33, 3, 9, 192, 1e-5);
+  check_sorted<float, 8, 128, 16>(3, 2, 9, 384, 1e-5);
+  check_sorted<float, 16, 32, 16>(9, 2, 70, 160, 1e-5);
+  check_sorted<HostBfloat16, 4, 64, 64>(70, 2, 12, 256, 5e-2);
+  check_sorted<HostBfloat16, 16, 32, 32>(20, 2, 12, 96, 3e-2);
+}
+
+TEST(a_sorted_row_does_not_depend_on_the_rows_beside_it) {
+  constexpr int kTokens = 40, kTopK = 2, kExperts = 3, kN = 6, kDim = 352;
+  const Matrix<HostBfloat16, 4> matrix(kExperts, kN, kDim, 32);
+  const auto x = random<HostBfloat16>(kTokens * kDim);
+  const auto experts = random_experts(kTokens * kTopK, kExperts);
+  const Sorted sorted = sort<kExperts, 32>(experts, kTopK);
+  const auto together = multiply_sorted<HostBfloat16, 4, 32, 32, 1>(x, kDim, matrix, sorted);
+  for (const int pair : {0, 1, 33, kTokens * kTopK - 1}) {
+    const Sorted alone = sort<kExperts, 16>({experts[static_cast<std::size_t>(pair)]}, 1);
+    const auto y = multiply_sorted<HostBfloat16, 4, 32, 16, 1>(row_of(x, pair / kTopK, kDim), kDim, matrix, alone);
+    CHECK(is_row(y, together, static_cast<int>(sorted.row_of_pair[static_cast<std::size_t>(pair)]), kN));
   }
 }
 

@@ -22,19 +22,24 @@ class Form(NamedTuple):
     bits: int = 0
     mode: str = "affine"
 
-    def store(self, dense: mx.array) -> ExpertMatrix:
+    def store(self, dense: mx.array, dtype: mx.Dtype = mx.float32) -> ExpertMatrix:
         if self.group_size == 0:
-            return ExpertMatrix(dense)
-        arrays = mx.quantize(dense, self.group_size, self.bits, self.mode, stream=mx.cpu)
-        return ExpertMatrix(*arrays, group_size=self.group_size, bits=self.bits, mode=self.mode)
+            return ExpertMatrix(dense.astype(dtype))
+        weight, *rest = mx.quantize(dense, self.group_size, self.bits, self.mode, stream=mx.cpu)
+        if self.mode == "affine":
+            rest = [array.astype(dtype) for array in rest]
+        return ExpertMatrix(weight, *rest, group_size=self.group_size, bits=self.bits, mode=self.mode)
 
     def dense(self, matrix: ExpertMatrix) -> np.ndarray:
         if matrix.scales is None:
             return np.array(matrix.weight.astype(mx.float32)).astype(np.float64)
+        scales, biases = matrix.scales, matrix.biases
+        if biases is not None:  # else scales have a type of their own
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = mx.dequantize(
             matrix.weight,
-            matrix.scales,
-            matrix.biases,
+            scales,
+            biases,
             self.group_size,
             self.bits,
             self.mode,
@@ -65,11 +70,13 @@ if ON_GPU:  # CUDA compiles each kernel anew for each form, for a second or so, 
 class Experts:
     """Random matrices of E experts, and what computes with them."""
 
-    def __init__(self, num_experts: int, n: int, d: int, form: Form = PLAIN, seed: int = 0) -> None:
+    def __init__(
+        self, num_experts: int, n: int, d: int, form: Form = PLAIN, seed: int = 0, dtype: mx.Dtype = mx.float32
+    ) -> None:
         rng = np.random.default_rng(seed)
 
         def matrix(*shape: int) -> ExpertMatrix:
-            return form.store(mx.array(rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))))
+            return form.store(mx.array(rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))), dtype)
 
         self.num_experts, self.d = num_experts, d
         self.matrices = {
@@ -236,8 +243,11 @@ def test_arrays_with_gaps(form):
 
 @pytest.mark.parametrize("form", [PLAIN, Form(32, 4)], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 2e-2)])
-def test_half_precision(form, dtype, tolerance):
-    experts, choice, x = Experts(4, 32, 64, form), make_choice(6, 4, 2), make_x(6, 64).astype(dtype)
+@pytest.mark.parametrize("tokens", [6, 90])
+def test_half_precision(form, dtype, tolerance, tokens):
+    """Numbers of both kinds: a GPU computes few tokens in another way than many."""
+    experts = Experts(4, 32, 64, form, dtype=dtype if ON_GPU else mx.float32)  # CPUs hold scales in float32
+    choice, x = make_choice(tokens, 4, 2), make_x(tokens, 64).astype(dtype)
     y = experts(x, *choice, shared=x)
     assert y.dtype == dtype
     assert_close(y, experts.oracle(x.astype(mx.float32), *choice, shared=x.astype(mx.float32)), tolerance)
