@@ -154,22 +154,26 @@ def test_a_process_that_is_gone_is_noticed_while_there_is_nothing_to_send(tmp_pa
     """A real API process, whose workers are killed while their requests wait for a place. Then another client, whose
     prompt, of a token a step, has the only place."""
     sent: list[wire.EngineMessage] = []
-    greeted: set[bytes] = set()
     send = EngineServer._send
 
     def record(server: EngineServer, connection: bytes, message: wire.EngineMessage) -> None:
-        greeted.add(connection)
         sent.append(message)
         send(server, connection, message)
 
     monkeypatch.setattr(EngineServer, "_send", record)
     with running(tmp_path) as process:
+
+        def workers_know_the_engine() -> bool:
+            log = process.log.read_text()
+            num_lost = log.count("lost the connection")
+            return num_lost >= 2 and log.count("connected to the engine") == num_lost + 2
+
         process.engine.stop()
         sizes = {"num_blocks": 30_000, "max_batch_tokens": 1, "max_running": 1, "context": 100_000}
         with Harness(process.engine.address, **sizes) as harness:
             core, bystander = harness.core, harness.connect()
             bystander.send(make_submit("slow", [1] * 90_000, 1))
-            until(lambda: len(greeted) == 2 and gauge(core, "num_requests_running") == 1)
+            until(lambda: workers_know_the_engine() and gauge(core, "num_requests_running") == 1)
             for _ in range(4):
                 process.send(max_tokens=5)
             until(lambda: gauge(core, "num_requests_waiting") == 4)
