@@ -81,6 +81,7 @@ class FakeRunner:
         previous_ids = np.minimum(np.array(list(chain(*previous_tokens)), np.int64), FAKE_VOCAB_SIZE - 1)
         fed = np.concatenate([arrays.token_ids, previous_ids])[arrays.token_sources]
         self.pool[arrays.slot_mapping] = np.stack([fed, arrays.positions], axis=1)
+        self.pool[arrays.copied.targets] = self.pool[arrays.copied.sources]
         self._copy_states(arrays.restored)
         self._copy_states(arrays.kept)
         starts = np.cumsum(arrays.query_lens) - arrays.query_lens

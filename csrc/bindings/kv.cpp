@@ -1,5 +1,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
@@ -49,8 +50,9 @@ void bind_prefix_tree(nb::module_& m) {
   nb::class_<PrefixTree>(m, "PrefixTree",
                          R"(Finds the blocks that already hold the KV of a request's first tokens.
 
-A radix tree over token ids whose every edge is one full block. Paths of different salts have nothing in common. Tokens
-are compared, not only their hashes. The tree owns no block: whoever uses one retains it. Not thread safe.)")
+A radix tree over token ids whose every edge is one block, full but at the ends of requests. Paths of different salts
+have nothing in common. Tokens are compared, not only their hashes. The tree owns no block: whoever uses one retains it.
+Not thread safe.)")
       .def(nb::init<BlockPool&, std::int32_t>(), nb::arg("pool"), nb::arg("block_size"), nb::keep_alive<1, 2>())
       .def(
           "match",
@@ -60,13 +62,24 @@ are compared, not only their hashes. The tree owns no block: whoever uses one re
           "The blocks that hold `tokens`, as many in a row as there are, full ones only; `after` is the block of the "
           "tokens before, None where a request begins. IndexError if `after` is outside the pool.")
       .def(
+          "match_part",
+          [](const PrefixTree& tree, std::string_view salt, std::optional<BlockId> after,
+             const std::vector<TokenId>& tokens) {
+            const auto part = tree.match_part(salt, after, tokens);
+            return part ? std::optional(std::make_tuple(part->block, part->num_tokens, part->is_whole)) : std::nullopt;
+          },
+          nb::arg("salt"), nb::arg("after").none(), nb::arg("tokens"),
+          "Of the blocks that follow on `after`, of which the newest 32 are looked at, the one that begins with most "
+          "of `tokens`; how many these are; whether they are all that it holds. None: there is none. IndexError.")
+      .def(
           "insert",
           [](PrefixTree& tree, std::string_view salt, std::optional<BlockId> after, const std::vector<TokenId>& tokens,
              BlockId block) { return tree.insert(salt, after, tokens, block); },
           nb::arg("salt"), nb::arg("after").none(), nb::arg("tokens"), nb::arg("block"),
-          "Lets others find an owned block, which holds the block_size `tokens` that follow on `after`. The tree's "
-          "block for these tokens: `block` or one that was there before; None if `after` has left the tree. "
-          "ValueError for another number of tokens, a block that nobody owns or that is elsewhere in the tree.")
+          "Lets others find an owned block, which holds the `tokens` that follow on `after`: block_size, or fewer if "
+          "it is the unfinished end of a request, which may be inserted again with more. The tree's block for these "
+          "tokens: `block` or one that was there before; None if `after` has left the tree. ValueError for another "
+          "number of tokens, a block that nobody owns or that holds other tokens in the tree.")
       .def("evict", &PrefixTree::evict, nb::arg("n"),
            "Takes idle blocks out, and what follows on them, until n more are free or none is idle: first the one that "
            "was "

@@ -41,6 +41,12 @@ With scales, float32 [N, block_size, Hk] each, they are int8, to be multiplied b
   def_write_kv("write_kv", write_kv, "");
   def_write_kv("write_kv_fallback", write_kv_fallback,
                "The specification of `write_kv`, rounded by MLX's own ops, for tests.");
+  m.def(
+      "copy_kv",
+      [](const KVPool& pool, const std::vector<std::int32_t>& from_slots, const std::vector<std::int32_t>& to_slots) {
+        return copy_kv(pool, from_slots, to_slots);
+      },
+      nb::arg("pool"), nb::arg("from_slots"), nb::arg("to_slots"));
 
   nb::class_<AttentionBatch>(m, "AttentionBatch", R"(Where the rows of a ragged batch lie: what a step's layers share.
 

@@ -52,28 +52,57 @@ std::vector<BlockId> PrefixTree::match(std::string_view salt, std::optional<Bloc
   return blocks;
 }
 
+std::optional<PrefixTree::Part> PrefixTree::match_part(std::string_view salt, std::optional<BlockId> after,
+                                                       std::span<const TokenId> tokens) const {
+  if (after && !pool_.is_cached(*after)) {
+    return std::nullopt;
+  }
+  std::optional<Part> best;
+  int num_looked = 0;
+  for (BlockId child = first_child(salt, after.value_or(kNone)); child != kNone && num_looked < kMaxLooked;
+       child = nodes_[child].next_sibling, ++num_looked) {
+    const auto its_tokens = tokens_of(child);
+    const auto num_shared = std::ranges::mismatch(its_tokens, tokens).in1 - its_tokens.begin();
+    const Part part{child, static_cast<std::int32_t>(num_shared), num_shared == nodes_[child].num_tokens};
+    const int num_best = best ? best->num_tokens : 0;
+    if (part.num_tokens > num_best || (part.num_tokens == num_best && num_best > 0 && part.is_whole)) {
+      best = part;
+    }
+  }
+  return best;
+}
+
 std::optional<BlockId> PrefixTree::insert(std::string_view salt, std::optional<BlockId> after,
                                           std::span<const TokenId> tokens, BlockId block) {
-  if (tokens.size() != static_cast<std::size_t>(block_size_)) {
-    throw std::invalid_argument("[PrefixTree] insert must get " + std::to_string(block_size_) + " tokens but got " +
-                                std::to_string(tokens.size()) + ".");
+  if (tokens.empty() || tokens.size() > static_cast<std::size_t>(block_size_)) {
+    throw std::invalid_argument("[PrefixTree] insert must get 1 to " + std::to_string(block_size_) +
+                                " tokens but got " + std::to_string(tokens.size()) + ".");
   }
   if (after && !pool_.is_cached(*after)) {
     return std::nullopt;
   }
   const BlockId parent = after.value_or(kNone);
+  if (after && nodes_[parent].num_tokens < block_size_) {
+    throw std::invalid_argument("[PrefixTree] nothing can follow on block " + std::to_string(parent) +
+                                ", which is not full.");
+  }
   const std::uint64_t its_hash = hash(salt, parent, tokens);
   if (const BlockId known = find(its_hash, salt, parent, tokens); known != kNone) {
     return known;
   }
-  if (pool_.is_cached(block)) {
+  const bool is_tail = pool_.is_cached(block);
+  if (is_tail && !continues_tail(block, salt, parent, tokens)) {
     throw std::invalid_argument("[PrefixTree] insert got block " + std::to_string(block) +
                                 ", which holds other tokens in the tree.");
   }
   pool_.cache(block);
+  if (is_tail) {
+    remove(block);
+    pool_.cache(block);
+  }
   std::ranges::copy(tokens, tokens_.begin() + static_cast<std::ptrdiff_t>(block) * block_size_);
-  nodes_[block] = Node{.hash = its_hash};
-  link(block, parent);
+  nodes_[block] = Node{.hash = its_hash, .num_tokens = static_cast<std::int32_t>(tokens.size())};
+  link(block, salt, parent);
   index_.emplace(its_hash, block);
   if (parent == kNone) {
     salts_.emplace(block, salt);
@@ -116,6 +145,7 @@ void PrefixTree::clear() {
   }
   index_.clear();
   salts_.clear();
+  roots_.clear();
 }
 
 void PrefixTree::check_integrity() const {
@@ -124,10 +154,9 @@ void PrefixTree::check_integrity() const {
     const auto salt = salts_.find(block);
     const bool begins = node.parent == kNone;
     const std::string_view its_salt = begins && salt != salts_.end() ? std::string_view(salt->second) : "";
-    const bool is_child =
-        begins || (pool_.is_cached(node.parent) &&
-                   (node.previous_sibling == kNone ? nodes_[node.parent].first_child == block
-                                                   : nodes_[node.previous_sibling].next_sibling == block));
+    const bool is_child = (begins || (pool_.is_cached(node.parent) && nodes_[node.parent].num_tokens == block_size_)) &&
+                          (node.previous_sibling == kNone ? first_child(its_salt, node.parent) == block
+                                                          : nodes_[node.previous_sibling].next_sibling == block);
     if (!pool_.is_cached(block) || hash != node.hash || begins != (salt != salts_.end()) || !is_child ||
         hash != this->hash(its_salt, node.parent, tokens_of(block)) ||
         find(hash, its_salt, node.parent, tokens_of(block)) != block) {
@@ -171,21 +200,34 @@ bool PrefixTree::holds(BlockId id, std::string_view salt, BlockId parent, std::s
 }
 
 std::span<const TokenId> PrefixTree::tokens_of(BlockId id) const {
-  const auto size = static_cast<std::size_t>(block_size_);
-  return std::span(tokens_).subspan(static_cast<std::size_t>(id) * size, size);
+  return std::span(tokens_).subspan(static_cast<std::size_t>(id) * static_cast<std::size_t>(block_size_),
+                                    static_cast<std::size_t>(nodes_[id].num_tokens));
 }
 
-void PrefixTree::link(BlockId id, BlockId parent) {
+BlockId PrefixTree::first_child(std::string_view salt, BlockId parent) const {
+  if (parent != kNone) {
+    return nodes_[parent].first_child;
+  }
+  const auto root = roots_.find(std::string(salt));
+  return root == roots_.end() ? kNone : root->second;
+}
+
+bool PrefixTree::continues_tail(BlockId id, std::string_view salt, BlockId parent,
+                                std::span<const TokenId> tokens) const {
+  const auto its_tokens = tokens_of(id);
+  return its_tokens.size() < tokens.size() && holds(id, salt, parent, its_tokens) &&
+         std::ranges::equal(its_tokens, tokens.first(its_tokens.size()));
+}
+
+void PrefixTree::link(BlockId id, std::string_view salt, BlockId parent) {
   nodes_[id].parent = parent;
-  if (parent == kNone) {
-    return;
+  BlockId& first =
+      parent == kNone ? roots_.try_emplace(std::string(salt), kNone).first->second : nodes_[parent].first_child;
+  nodes_[id].next_sibling = first;
+  if (first != kNone) {
+    nodes_[first].previous_sibling = id;
   }
-  const BlockId next = nodes_[parent].first_child;
-  nodes_[id].next_sibling = next;
-  if (next != kNone) {
-    nodes_[next].previous_sibling = id;
-  }
-  nodes_[parent].first_child = id;
+  first = id;
 }
 
 void PrefixTree::unlink(BlockId id) {
@@ -194,6 +236,10 @@ void PrefixTree::unlink(BlockId id) {
     nodes_[node.previous_sibling].next_sibling = node.next_sibling;
   } else if (node.parent != kNone) {
     nodes_[node.parent].first_child = node.next_sibling;
+  } else if (node.next_sibling != kNone) {
+    roots_[salts_.at(id)] = node.next_sibling;
+  } else {
+    roots_.erase(salts_.at(id));
   }
   if (node.next_sibling != kNone) {
     nodes_[node.next_sibling].previous_sibling = node.previous_sibling;

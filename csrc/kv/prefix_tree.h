@@ -15,9 +15,9 @@ namespace mlx_server::kv {
 
 using TokenId = std::int32_t;
 
-// A radix tree over token ids whose every edge is one full block: block_size tokens, and the block of the pool that
-// holds their KV. A node is named by its block. What a path from the root spells is what its blocks' KV depends on;
-// paths of different salts have nothing in common.
+// A radix tree over token ids whose every edge is one block: block_size tokens, and the block of the pool that holds
+// their KV. A node is named by its block. What a path from the root spells is what its blocks' KV depends on; paths of
+// different salts have nothing in common. A leaf may be the unfinished end of a request, a tail of fewer tokens.
 //
 // Children are found by a hash of (parent or salt, tokens), keyed at random so that nobody can make it collide, and
 // then compared whole: a collision costs time, never a wrong block.
@@ -26,9 +26,20 @@ using TokenId = std::int32_t;
 // none: whoever uses a block retains it. If each request owns the whole path to its last block, and releases the last
 // block first, then of each client the idle block released longest ago has nothing of the client's following on it.
 //
-// Costs: match and insert O(tokens given), evict and remove O(blocks removed). Not thread safe.
+// Costs: match and insert O(tokens given), match_part O(block_size), evict and remove O(blocks removed). Not thread
+// safe.
 class PrefixTree {
  public:
+  // What a block shares with the tokens looked up: its first num_tokens, which may be all that it holds.
+  struct Part {
+    BlockId block;
+    std::int32_t num_tokens;
+    bool is_whole;
+  };
+
+  // How many of the blocks that follow on one, the newest first, match_part looks at.
+  static constexpr int kMaxLooked = 32;
+
   // The pool must outlive the tree, which alone may mark its blocks. Throws std::invalid_argument if block_size < 1.
   PrefixTree(BlockPool& pool, std::int32_t block_size);
 
@@ -38,11 +49,17 @@ class PrefixTree {
   std::vector<BlockId> match(std::string_view salt, std::optional<BlockId> after,
                              std::span<const TokenId> tokens) const;
 
-  // Lets others find `block`, which is held and holds the KV of the block_size tokens that follow on `after`. The
-  // block that the tree has for these tokens: `block`, or the one that was there before. None, and nothing changed,
-  // if `after` is not in the tree (any more): nobody can find what follows on it.
-  // Throws std::invalid_argument if `tokens` are not block_size, or `block` is not held or elsewhere in the tree,
-  // std::out_of_range if a block is outside the pool.
+  // Of the blocks that follow on `after`, as above, the one that begins with the most of `tokens`; a tail where two are
+  // alike. None if none begins with any, or `after` is not in the tree. Throws std::out_of_range as above.
+  std::optional<Part> match_part(std::string_view salt, std::optional<BlockId> after,
+                                 std::span<const TokenId> tokens) const;
+
+  // Lets others find `block`, which is held and holds the KV of the tokens that follow on `after`: block_size, or fewer
+  // for a tail. The block that the tree has for these tokens: `block`, or the one that was there before. None, and
+  // nothing changed, if `after` is not in the tree (any more): nobody can find what follows on it. `block` may be in
+  // the tree as a tail already, with the first of these tokens.
+  // Throws std::invalid_argument if there are no tokens or more than block_size, `after` is a tail, or `block` is not
+  // held or holds other tokens in the tree, std::out_of_range if a block is outside the pool.
   std::optional<BlockId> insert(std::string_view salt, std::optional<BlockId> after, std::span<const TokenId> tokens,
                                 BlockId block);
 
@@ -70,13 +87,17 @@ class PrefixTree {
     std::uint64_t hash = 0;
     BlockId parent = kNone;  // kNone: the root of its salt
     BlockId first_child = kNone, previous_sibling = kNone, next_sibling = kNone;
+    std::int32_t num_tokens = 0;
   };
 
   std::uint64_t hash(std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
   BlockId find(std::uint64_t hash, std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
   bool holds(BlockId id, std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
   std::span<const TokenId> tokens_of(BlockId id) const;
-  void link(BlockId id, BlockId parent);
+  // The newest child of a block, or of a salt's root; kNone.
+  BlockId first_child(std::string_view salt, BlockId parent) const;
+  bool continues_tail(BlockId id, std::string_view salt, BlockId parent, std::span<const TokenId> tokens) const;
+  void link(BlockId id, std::string_view salt, BlockId parent);
   void unlink(BlockId id);
   void forget(BlockId id);
 
@@ -87,6 +108,7 @@ class PrefixTree {
   std::vector<TokenId> tokens_;                            // [pool's blocks, block_size]
   std::unordered_multimap<std::uint64_t, BlockId> index_;  // by hash; all blocks in the tree
   std::unordered_map<BlockId, std::string> salts_;         // of those that begin a request
+  std::unordered_map<std::string, BlockId> roots_;         // the newest of those, by salt
 };
 
 }  // namespace mlx_server::kv

@@ -192,4 +192,16 @@ KVPool write_kv_fallback(const KVPool& pool, const mx::array& k, const mx::array
   return write_kv_by(quantize_fallback, pool, k, v, slot_mapping, s);
 }
 
+KVPool copy_kv(const KVPool& pool, const std::vector<std::int32_t>& from, const std::vector<std::int32_t>& to,
+               mx::StreamOrDevice s) {
+  check_kv_pool("copy_kv", pool);
+  const auto copy = [&](const mx::array& array) {
+    return mx::reshape(copy_rows(mx::flatten(array, 0, 1, s), from, to, s), array.shape(), s);
+  };
+  if (!pool.key_scales) {
+    return {copy(pool.keys), copy(pool.values), {}, {}};
+  }
+  return {copy(pool.keys), copy(pool.values), copy(*pool.key_scales), copy(*pool.value_scales)};
+}
+
 }  // namespace mlx_server

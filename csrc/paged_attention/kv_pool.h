@@ -1,7 +1,9 @@
 // Memory for the KV cache of one layer.
 #pragma once
 
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 #include <mlx/array.h>
 #include <mlx/utils.h>
@@ -37,5 +39,11 @@ KVPool write_kv(const KVPool& pool, const mlx::core::array& k, const mlx::core::
 // The specification: the same, rounded by MLX's own ops.
 KVPool write_kv_fallback(const KVPool& pool, const mlx::core::array& k, const mlx::core::array& v,
                          const mlx::core::array& slot_mapping, mlx::core::StreamOrDevice s = {});
+
+// The new pool, whose slots to[i] hold what from[i] held, in place as above. All are read before any is written. Throws
+// std::invalid_argument if from and to differ in length or `to` names a slot twice, std::out_of_range for a slot
+// outside the pool.
+KVPool copy_kv(const KVPool& pool, const std::vector<std::int32_t>& from, const std::vector<std::int32_t>& to,
+               mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_server

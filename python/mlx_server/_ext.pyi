@@ -73,8 +73,9 @@ class PrefixTree:
     """
     Finds the blocks that already hold the KV of a request's first tokens.
 
-    A radix tree over token ids whose every edge is one full block. Paths of different salts have nothing in common. Tokens
-    are compared, not only their hashes. The tree owns no block: whoever uses one retains it. Not thread safe.
+    A radix tree over token ids whose every edge is one block, full but at the ends of requests. Paths of different salts
+    have nothing in common. Tokens are compared, not only their hashes. The tree owns no block: whoever uses one retains it.
+    Not thread safe.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None: ...
@@ -84,9 +85,14 @@ class PrefixTree:
         The blocks that hold `tokens`, as many in a row as there are, full ones only; `after` is the block of the tokens before, None where a request begins. IndexError if `after` is outside the pool.
         """
 
+    def match_part(self, salt: str, after: int | None, tokens: Sequence[int]) -> tuple[int, int, bool] | None:
+        """
+        Of the blocks that follow on `after`, of which the newest 32 are looked at, the one that begins with most of `tokens`; how many these are; whether they are all that it holds. None: there is none. IndexError.
+        """
+
     def insert(self, salt: str, after: int | None, tokens: Sequence[int], block: int) -> int | None:
         """
-        Lets others find an owned block, which holds the block_size `tokens` that follow on `after`. The tree's block for these tokens: `block` or one that was there before; None if `after` has left the tree. ValueError for another number of tokens, a block that nobody owns or that is elsewhere in the tree.
+        Lets others find an owned block, which holds the `tokens` that follow on `after`: block_size, or fewer if it is the unfinished end of a request, which may be inserted again with more. The tree's block for these tokens: `block` or one that was there before; None if `after` has left the tree. ValueError for another number of tokens, a block that nobody owns or that holds other tokens in the tree.
         """
 
     def evict(self, n: int) -> list[int]:
@@ -204,6 +210,8 @@ def write_kv(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: m
 
 def write_kv_fallback(pool: KVPool, k: mlx.core.array, v: mlx.core.array, slot_mapping: mlx.core.array) -> KVPool:
     """The specification of `write_kv`, rounded by MLX's own ops, for tests."""
+
+def copy_kv(pool: KVPool, from_slots: Sequence[int], to_slots: Sequence[int]) -> KVPool: ...
 
 class AttentionBatch:
     """

@@ -129,12 +129,75 @@ TEST(clear_keeps_what_is_held) {
   pool.check_integrity();
 }
 
+// The block that shares most with the tokens after `after`: it, how many, and whether it holds no others.
+void check_part(const PrefixTree& tree, std::optional<BlockId> after, const Tokens& tokens, BlockId block,
+                int num_tokens, bool is_whole) {
+  const auto part = tree.match_part("", after, tokens);
+  CHECK(part && part->block == block && part->num_tokens == num_tokens && part->is_whole == is_whole);
+}
+
+TEST(finds_the_block_that_begins_alike) {
+  BlockPool pool(8);
+  PrefixTree tree(pool, 4);
+  const Ids trunk = put(pool, tree, "", {1, 2, 3, 4, 5, 6, 7, 8}),
+            branch = put(pool, tree, "", {1, 2, 3, 4, 5, 9, 9, 9});
+  check_part(tree, trunk[0], {5, 6, 7}, trunk[1], 3, false);
+  check_part(tree, trunk[0], {5, 9}, branch[1], 2, false);
+  check_part(tree, kBegin, {1, 2, 9}, trunk[0], 2, false);
+  CHECK(!tree.match_part("", trunk[0], Tokens{6}) && !tree.match_part("", trunk[0], Tokens{}));
+  CHECK(!tree.match_part("a", kBegin, Tokens{1, 2}) && !tree.match_part("", trunk[1], Tokens{1, 2}));
+  CHECK_THROWS(tree.match_part("", 8, Tokens{1}), std::out_of_range);
+
+  const BlockId tail = pool.allocate(1)->front();
+  CHECK(tree.insert("", trunk[0], Tokens{5, 6}, tail) == tail);
+  check_part(tree, trunk[0], {5, 6, 8}, tail, 2, true);  // rather than a part of the trunk
+  check_part(tree, trunk[0], {5, 6, 7, 8}, trunk[1], 4, true);
+  CHECK(tree.match("", trunk[0], Tokens{5, 6, 7, 8}) == Ids{trunk[1]});
+  tree.check_integrity();
+}
+
+TEST(a_tail_grows_until_it_is_full) {
+  BlockPool pool(3);
+  PrefixTree tree(pool, 3);
+  const BlockId block = pool.allocate(1)->front();
+  CHECK(tree.insert("s", kBegin, Tokens{1}, block) == block);
+  CHECK(tree.insert("s", kBegin, Tokens{1, 2}, block) == block);
+  CHECK_THROWS(tree.insert("s", kBegin, Tokens{1, 3, 4}, block), std::invalid_argument);  // other tokens
+  CHECK_THROWS(tree.insert("s", kBegin, Tokens{1}, block), std::invalid_argument);        // fewer
+  CHECK_THROWS(tree.insert("", kBegin, Tokens{1, 2, 3}, block), std::invalid_argument);   // another salt
+  const BlockId next = pool.allocate(1)->front();
+  CHECK_THROWS(tree.insert("s", block, Tokens{4}, next), std::invalid_argument);
+  pool.release(Ids{block});
+  CHECK_THROWS(tree.insert("s", kBegin, Tokens{1, 2, 3}, block), std::invalid_argument);  // nobody's
+  CHECK(tree.num_blocks() == 1 && pool.num_idle() == 1);
+  pool.retain(Ids{block});
+  CHECK(tree.insert("s", kBegin, Tokens{1, 2, 3}, block) == block);
+  CHECK(tree.insert("s", block, Tokens{4}, next) == next);
+  CHECK(tree.match("s", kBegin, Tokens{1, 2, 3, 4}) == Ids{block} && tree.num_blocks() == 2);
+  tree.check_integrity();
+  pool.release(Ids{next, block});
+  CHECK(tree.evict(3) == (Ids{next, block}));
+  tree.check_integrity();
+}
+
+TEST(looks_at_the_newest_blocks_only) {
+  constexpr int kMany = PrefixTree::kMaxLooked;
+  BlockPool pool(kMany + 1);
+  PrefixTree tree(pool, 2);
+  for (int i = 0; i <= kMany; ++i) {
+    put(pool, tree, "", {i, i});
+  }
+  CHECK(!tree.match_part("", kBegin, Tokens{0}) && tree.match_part("", kBegin, Tokens{1}));
+  CHECK(tree.match("", kBegin, Tokens{0, 0}).size() == 1);
+}
+
 TEST(wrong_calls_throw_and_change_nothing) {
   BlockPool pool(3);
   CHECK_THROWS(PrefixTree(pool, 0), std::invalid_argument);
   PrefixTree tree(pool, 2);
   const Ids path = put(pool, tree, "", {1, 2});
-  CHECK_THROWS(tree.insert("", kBegin, Tokens{1}, 1), std::invalid_argument);
+  CHECK_THROWS(tree.insert("", kBegin, Tokens{}, 1), std::invalid_argument);
+  CHECK_THROWS(tree.insert("", kBegin, Tokens{1, 2, 3}, 1), std::invalid_argument);
   CHECK_THROWS(tree.insert("", kBegin, Tokens{3, 4}, path[0]), std::invalid_argument);
   CHECK_THROWS(tree.insert("", kBegin, Tokens{3, 4}, 1), std::invalid_argument);  // nobody's
   CHECK_THROWS(tree.insert("", kBegin, Tokens{3, 4}, 3), std::out_of_range);
@@ -145,7 +208,7 @@ TEST(wrong_calls_throw_and_change_nothing) {
   tree.check_integrity();
 }
 
-// What the tree must know: the block of each prefix of full blocks.
+// What the tree must know: the block of each prefix of full blocks, and of those that end in a tail.
 using Key = std::pair<std::string, Tokens>;
 using Model = std::map<Key, BlockId>;
 
@@ -167,6 +230,13 @@ Ids expected_match(const Model& model, const Key& request, std::size_t block_siz
     path.push_back(found->second);
   }
   return path;
+}
+
+std::size_t num_alike(const Tokens& a, std::size_t begin, const Tokens& b) {
+  std::size_t n = begin;
+  for (; n < a.size() && n < b.size() && a[n] == b[n]; ++n) {
+  }
+  return n - begin;
 }
 
 class Walk {
@@ -202,10 +272,35 @@ class Walk {
     std::ranges::generate(request.second, [&] { return static_cast<TokenId>(below(2)); });
     Ids path = tree_.match(request.first, kBegin, request.second);
     CHECK(path == expected_match(model_, request, block_size_));
+    check_part(request, path);
     pool_.retain(path);
-    while ((path.size() + 1) * block_size_ <= request.second.size() && compute(request, path)) {
+    while (path.size() * block_size_ < request.second.size() && compute(request, path)) {
     }
     owned_.push_back(std::move(path));
+  }
+
+  // Against all entries of the model, for the first tokens of the block that follows on the path.
+  void check_part(const Key& request, const Ids& path) {
+    const std::size_t begin = path.size() * block_size_, end = std::min(begin + block_size_, request.second.size());
+    const Tokens looked_up(request.second.begin(), request.second.begin() + static_cast<long>(end));
+    std::size_t best = 0;
+    bool has_whole = false;
+    for (const auto& [key, block] : model_) {
+      const bool is_child = key.first == request.first && key.second.size() > begin &&
+                            key.second.size() <= begin + block_size_ && num_alike(key.second, 0, looked_up) >= begin;
+      const std::size_t n = is_child ? num_alike(key.second, begin, looked_up) : 0;
+      const bool is_whole = key.second.size() == begin + n;
+      has_whole = n > best ? is_whole : has_whole || (n == best && n > 0 && is_whole);
+      best = std::max(best, n);
+    }
+    const auto after = path.empty() ? std::nullopt : std::optional(path.back());
+    const auto part = tree_.match_part(request.first, after, std::span(looked_up).subspan(begin));
+    CHECK(part.has_value() == (best > 0));
+    if (part) {
+      const auto found = std::ranges::find(model_, part->block, &Model::value_type::second);
+      CHECK(static_cast<std::size_t>(part->num_tokens) == best && part->is_whole == has_whole);
+      CHECK(num_alike(found->first.second, begin, looked_up) == best);
+    }
   }
 
   bool compute(const Key& request, Ids& path) {
@@ -214,18 +309,28 @@ class Walk {
     if (!block) {
       return false;
     }
-    const auto first = request.second.begin(), start = first + static_cast<long>(path.size() * block_size_);
-    const Tokens tokens(start, start + static_cast<long>(block_size_));
+    const std::size_t start = path.size() * block_size_, end = std::min(start + block_size_, request.second.size());
     const auto after = path.empty() ? std::nullopt : std::optional(path.back());
-    const bool attached = !after || pool_.is_cached(*after);
-    const auto inserted = tree_.insert(request.first, after, tokens, block->front());
-    CHECK(inserted.has_value() == attached);
     path.push_back(block->front());
-    if (inserted) {
-      CHECK(*inserted == block->front());
-      model_[{request.first, Tokens(first, start + static_cast<long>(block_size_))}] = block->front();
+    for (std::size_t stop = start + 1 + below(end - start);; stop = end) {  // all at once, or as a tail first
+      const Tokens known(request.second.begin(), request.second.begin() + static_cast<long>(stop));
+      insert({request.first, known}, after, start, path.back());
+      if (stop == end) {
+        return true;
+      }
     }
-    return true;
+  }
+
+  void insert(const Key& key, std::optional<BlockId> after, std::size_t start, BlockId block) {
+    const bool attached = !after || pool_.is_cached(*after);
+    const auto inserted = tree_.insert(key.first, after, std::span(key.second).subspan(start), block);
+    CHECK(inserted.has_value() == attached);
+    if (inserted == block) {
+      std::erase_if(model_, [&](const auto& entry) { return entry.second == block; });
+      CHECK(model_.emplace(key, block).second);
+    } else if (inserted) {  // another's tail
+      CHECK(model_.at(key) == *inserted);
+    }
   }
 
   void leave() {

@@ -37,12 +37,13 @@ class Outcome:
     choices: list[Answer]
     num_drafts: int  # tokens that were guessed for them
     distance: float  # of the logits after its prompt from those of the plain engine
+    shared_unit: int  # tokens: what is shared is a multiple of it
 
     @property
     def num_shared_tokens(self) -> int:
         """Of the prompt, where it may be had from the cache: what is scored must be computed, and the last token."""
         is_scored = self.message.prompt_logprobs is not None
-        return 0 if is_scored else (len(self.message.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
+        return 0 if is_scored else (len(self.message.prompt_token_ids) - 1) // self.shared_unit * self.shared_unit
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ def check_pair(plain: Plain, names: tuple[str, str]) -> None:
         run(core, submit("before", prompt, 1))
     *together, beside = run(core, *choices, plain.neighbour)
     assert beside.token_ids == plain.its_token_ids[kv_bits]
-    outcome = Outcome(choices[0], together, sum(drafts.num_drafts[name] for name in known), distance)
+    shared_unit = 1 if model.state_spec is None else BLOCK_SIZE
+    outcome = Outcome(choices[0], together, sum(drafts.num_drafts[name] for name in known), distance, shared_unit)
     for i, (mine, its) in enumerate(zip(together, alone, strict=True)):
         assert replace(mine, end=its.end) == its and mine.end.finish_reason == its.end.finish_reason
         assert mine.end.num_cached_tokens == (outcome.num_shared_tokens if is_cached or i > 0 else 0)

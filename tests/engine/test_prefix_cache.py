@@ -22,6 +22,7 @@ class Engine:
         self.core, self.runner = make_core(num_snapshots=num_snapshots, window=window, context=200, **sizes)
         self.window, self.recurrent = window, num_snapshots is not None
         self.num_computed_tokens = 0
+        self.num_copied_tokens = 0
         self.collector = Collector(window, recurrent=self.recurrent)
 
     def submit(self, *messages: wire.Submit) -> None:
@@ -34,6 +35,8 @@ class Engine:
         assert self.runner.num_steps == launched + 1
         if self.runner.in_flight is not None:
             self.num_computed_tokens += self.runner.in_flight.num_tokens
+            copies = [row.copy for row in self.runner.in_flight.rows if row.copy]
+            self.num_copied_tokens += sum(copy.num_tokens for copy in copies)
         self.core.check_integrity()
 
     def run(self, *messages: wire.Submit) -> list[int]:
@@ -65,11 +68,12 @@ def test_a_second_turn_computes_what_is_new(window: int | None) -> None:
     assert engine.num_computed_tokens - before == 3
 
 
-def test_a_repeated_prompt_computes_its_last_block() -> None:
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 5, 20, 21, 23])
+def test_a_repeated_prompt_computes_its_last_token(num_tokens: int) -> None:
     engine = Engine()
-    for num_tokens, num_cached in [(20, 16), (21, 20), (4, 0), (5, 4)]:
-        engine.run(make_submit(f"a{num_tokens}", SYSTEM[:1] * num_tokens, 1))
-        assert engine.run(make_submit(f"b{num_tokens}", SYSTEM[:1] * num_tokens, 3)) == [num_cached]
+    for name in "abc":
+        message = make_submit(name, SYSTEM[:1] * num_tokens, 3)
+        assert engine.run(message) == [0 if name == "a" else num_tokens - 1]
 
 
 def test_what_was_found_is_counted() -> None:
@@ -84,16 +88,62 @@ def test_what_was_found_is_counted() -> None:
 def test_branches_share_what_they_have_in_common() -> None:
     engine = Engine()
     engine.run(make_submit("trunk", SYSTEM + [1] * 20, 1))
-    assert engine.run(make_submit("early", SYSTEM[:9] + [2] * 20, 1)) == [8]
-    assert engine.run(make_submit("late", SYSTEM + [1] * 15 + [3] * 9, 1)) == [32]
+    assert engine.run(make_submit("early", SYSTEM[:9] + [2] * 20, 1)) == [9]
+    assert engine.run(make_submit("late", SYSTEM + [1] * 15 + [3] * 9, 1)) == [35]
     assert engine.run(make_submit("other", [9, *SYSTEM], 1)) == [0]
 
 
 def test_salts_share_nothing() -> None:
     engine = Engine()
-    for salt, num_cached in [("", 0), ("a", 0), ("b", 0), ("a", 16), ("", 16)]:
+    for salt, num_cached in [("", 0), ("a", 0), ("b", 0), ("a", 19), ("", 19)]:
         message = make_submit(f"{salt}{num_cached}", SYSTEM, 1, cache_salt=salt)
         assert engine.run(message) == [num_cached]
+
+
+def test_the_end_of_a_conversation_is_gone_on_in() -> None:
+    """Nobody owns its last block, so that nothing is copied."""
+    engine = Engine()
+    history: list[int] = []
+    for turn in range(6):
+        message = make_submit(str(turn), [*history, *SYSTEM[: 5 + turn]], 4 + turn)
+        assert engine.run(message) == [max(len(history) - 1, 0)]
+        history = message.prompt_token_ids + engine.answer(message)
+    assert engine.num_copied_tokens == 0
+
+
+def test_two_ends_of_one_conversation_are_copies() -> None:
+    """Its last block, of 3 tokens, is gone on in by the first of the two; the other one copies them. Both stay."""
+    engine = Engine()
+    engine.run(make_submit("trunk", SYSTEM[:11], 1))
+    pair = [make_submit(str(i), SYSTEM[:11] + [i] * 7, 3) for i in range(2)]
+    assert engine.run(*pair) == [11, 11]
+    assert engine.num_copied_tokens == 3
+    assert [
+        engine.run(make_submit(f"{i} again", message.prompt_token_ids, 1))[0] for i, message in enumerate(pair)
+    ] == [
+        17,
+        17,
+    ]
+
+
+@pytest.mark.parametrize("lens", [(23, 23, 23, 23), (3, 3, 3), (21, 22, 23), (23, 22, 21), (22, 20, 23, 24)], ids=str)
+def test_prompts_of_one_step_share_their_ends(lens: tuple[int, ...]) -> None:
+    """Also what one of them is copying itself."""
+    engine = Engine(max_batch_tokens=64)
+    messages = [make_submit(str(i), [*range(100, 100 + size)], 5, seed=i) for i, size in enumerate(lens)]
+    engine.submit(*messages)
+    engine.step()
+    longest = 0
+    for message, size in zip(messages, lens, strict=True):
+        num_shared = min(longest, size - 1)
+        longest = max(longest, size)
+        assert engine.runner.in_flight is not None
+        row = next(row for row in engine.runner.in_flight.rows if row.request.request_id == message.request_id)
+        assert (row.start_pos, row.end_pos) == (num_shared, size)
+    assert engine.num_copied_tokens > 0
+    engine.run()
+    for message in messages:
+        engine.collector.check(message)
 
 
 def test_requests_of_one_step_share() -> None:
@@ -128,9 +178,9 @@ def test_a_full_pool_drops_what_was_used_longest_ago() -> None:
     old, new = make_submit("old", [1] * 28, 1), make_submit("new", [2] * 28, 1)
     engine.run(old)
     engine.run(new)
-    assert engine.run(make_submit("again", old.prompt_token_ids, 1)) == [24]
+    assert engine.run(make_submit("again", old.prompt_token_ids, 1)) == [27]
     engine.run(make_submit("third", [3] * 20, 1))
-    assert engine.run(make_submit("kept", old.prompt_token_ids, 1)) == [24]
+    assert engine.run(make_submit("kept", old.prompt_token_ids, 1)) == [27]
     assert engine.run(make_submit("partly dropped", new.prompt_token_ids, 1))[0] < 24
 
 
@@ -213,12 +263,13 @@ def test_states_of_the_past_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("num_snapshots", [ATTENTION, RECURRENT])
-def test_values_that_are_no_numbers_are_not_shared(num_snapshots: int | None) -> None:
+@pytest.mark.parametrize("num_tokens", [2, 20])
+def test_values_that_are_no_numbers_are_not_shared(num_snapshots: int | None, num_tokens: int) -> None:
     engine = Engine(num_snapshots)
     engine.runner.invalid.add("poisoned")
-    engine.submit(make_submit("poisoned", SYSTEM, 5))
+    engine.submit(make_submit("poisoned", SYSTEM[:num_tokens], 5))
     while engine.core.has_work:
         engine.step()
     failed = engine.collector.ends["poisoned"]
     assert isinstance(failed, wire.Failed) and failed.code == "invalid_logits"
-    assert engine.run(make_submit("next", SYSTEM, 1)) == [0]
+    assert engine.run(make_submit("next", SYSTEM[:num_tokens], 1)) == [0]

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from mlx_server import _ext
-from mlx_server.ops.attention import AttentionBatch, KVPool, new_kv_pool, paged_attention, write_kv
+from mlx_server.ops.attention import (
+    AttentionBatch,
+    KVPool,
+    copy_kv,
+    new_kv_pool,
+    paged_attention,
+    pool_arrays,
+    write_kv,
+)
 
 
 @pytest.mark.parametrize("op", [write_kv, _ext.write_kv_fallback], ids=["op", "fallback"])
@@ -44,6 +52,30 @@ def test_write_kv_puts_tokens_into_their_slots() -> None:
     values.reshape(24, 2, 8)[slots] = v
     np.testing.assert_array_equal(np.array(written.keys), keys)
     np.testing.assert_array_equal(np.array(written.values), values)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_copy_kv_copies_slots_of_all_arrays(bits: int | None) -> None:
+    """In another block and in the same one; what was written just before, and what is written over by another copy."""
+    pool = new_kv_pool((3, 4, 2, 8), mx.float32, bits=bits)
+    k, v = (mx.array(x) for x in np.random.default_rng(3).standard_normal((2, 12, 2, 8)).astype(np.float32))
+    pool = write_kv(pool, k, v, mx.arange(12))
+    expected = [np.array(array).reshape(12, *array.shape[2:]) for array in pool_arrays(pool)]
+    pool = copy_kv(pool, [0, 1, 4, 8], [4, 5, 3, 9])
+    assert len(expected) == (4 if bits else 2)
+    for array, rows in zip(pool_arrays(pool), expected, strict=True):
+        rows[[4, 5, 3, 9]] = rows[[0, 1, 4, 8]]
+        np.testing.assert_array_equal(np.array(array).reshape(rows.shape), rows)
+
+
+def test_copy_kv_refuses_wrong_slots() -> None:
+    pool = new_kv_pool((3, 4, 2, 8), mx.float32)
+    with pytest.raises(ValueError, match="as many numbers"):
+        copy_kv(pool, [0, 1], [4])
+    with pytest.raises(ValueError, match="2 numbers, 1 distinct"):
+        copy_kv(pool, [0, 1], [4, 4])
+    with pytest.raises(IndexError, match=r"must be in \[0, 12\) but got 12"):
+        copy_kv(pool, [0], [12])
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["step by step", "pipelined"])

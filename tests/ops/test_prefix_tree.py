@@ -17,6 +17,8 @@ def test_finds_what_was_inserted_until_it_is_evicted() -> None:
     assert tree.insert("salt", 2, [3, 4], 2) is None
     assert tree.match("salt", None, [1, 2, 3, 4, 5]) == [0, 1]
     assert tree.match("salt", 0, [3, 4]) == [1]
+    assert tree.match_part("salt", 0, [3, 9]) == (1, 1, False)
+    assert tree.match_part("salt", 0, [9]) is None
     assert tree.match("", None, [1, 2]) == []
     pool.release([2, 1, 0])
     assert (pool.num_free, pool.num_idle, tree.num_blocks) == (2, 2, 2)
@@ -33,8 +35,8 @@ def test_errors_are_the_types_that_python_knows() -> None:
     tree = PrefixTree(pool, 2)
     with pytest.raises(ValueError, match=r"\[PrefixTree\] block_size must be >= 1 but got 0"):
         PrefixTree(pool, 0)
-    with pytest.raises(ValueError, match=r"insert must get 2 tokens but got 1"):
-        tree.insert("", None, [1], 0)
+    with pytest.raises(ValueError, match=r"insert must get 1 to 2 tokens but got 3"):
+        tree.insert("", None, [1, 2, 3], 0)
     with pytest.raises(ValueError, match="block 0, which is not held"):
         tree.insert("", None, [1, 2], 0)
     with pytest.raises(IndexError, match=r"must be in \[0, 2\) but got 2"):

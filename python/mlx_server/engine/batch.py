@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_server.engine.pooling import Vector
-from mlx_server.engine.request import Request
+from mlx_server.engine.request import BlockCopy, Request
 from mlx_server.engine.sampling_state import Draw, SamplingArrays
 from mlx_server.wire import Progress, TokenLogprobs
 
@@ -29,6 +29,7 @@ class BatchRow:
     start_pos: int
     end_pos: int
     samples: bool  # the range ends at the request's newest token, so the next one is drawn
+    copy: BlockCopy | None = None  # a part of its positions before start_pos that another request has computed
     restore_from: int | None = None  # slot whose recurrent states the request's own are to be before the step
     keep_to: int | None = None  # slot that is to hold the request's recurrent states as they are before the step
     save_to: int | None = None  # and as they are after it
@@ -123,7 +124,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class SlotCopies:
-    """Slots of recurrent states that are copied to others."""
+    """Slots, of KV or of recurrent states, that are copied to others."""
 
     sources: list[int]
     targets: list[int]
@@ -147,6 +148,7 @@ class BatchArrays:
     block_tables: Ints  # [B, M]
     query_lens: list[int]  # B
     context_lens: list[int]  # B: tokens in the cache once this step has written its own
+    copied: SlotCopies  # KV to copy in each layer when the step's own is written, which may be what is copied
     slots: Ints  # [B] of the recurrent states
     fresh: list[bool]  # B: the request's first tokens, its states begin as zeros
     restored: SlotCopies  # recurrent states to copy before the step
@@ -196,6 +198,7 @@ class BatchArrays:
             block_tables=block_tables,
             query_lens=[row.num_tokens for row in rows],
             context_lens=[row.end_pos for row in rows],
+            copied=_copied(rows, block_size),
             slots=np.array([row.request.slot for row in rows], np.int32),
             fresh=[row.start_pos == 0 for row in rows],
             restored=SlotCopies.of((row.restore_from, row.request.slot) for row in rows),
@@ -213,6 +216,18 @@ def _last_tokens(ends: Ints, counts: list[int]) -> Ints:
     """Indices on T of the last tokens of each row, so many of each."""
     indices = [np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends.tolist(), counts, strict=True)]
     return np.concatenate(indices)
+
+
+def _copied(rows: list[BatchRow], block_size: int) -> SlotCopies:
+    """All at once: what is copied from a slot that is itself filled so comes from where that one's comes from."""
+    source_of: dict[int, int] = {}
+    for row in rows:
+        if row.copy is not None:
+            source = row.copy.source * block_size
+            target = row.request.block_table[row.copy.index] * block_size
+            for offset in range(row.copy.num_tokens):
+                source_of[target + offset] = source_of.get(source + offset, source + offset)
+    return SlotCopies(list(source_of.values()), list(source_of))
 
 
 def _pad(block_tables: list[list[int]]) -> Ints:

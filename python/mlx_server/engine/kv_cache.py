@@ -3,7 +3,7 @@ The arrays are the runner's."""
 
 from typing import NamedTuple
 
-from mlx_server.engine.request import Request
+from mlx_server.engine.request import BlockCopy, Request
 from mlx_server.engine.state_snapshots import StateSnapshots
 from mlx_server.ops.block_pool import BlockPool
 from mlx_server.ops.prefix_tree import PrefixTree
@@ -11,10 +11,11 @@ from mlx_server.ops.prefix_tree import PrefixTree
 MATCH_BLOCKS = 64  # looked up at a time, so that a prompt is read only as far as it is known
 
 
-class StateSlots(NamedTuple):
-    """What a step copies of a request's recurrent states."""
+class StepCopies(NamedTuple):
+    """What a step copies for a request, beside computing its tokens."""
 
-    restore_from: int | None  # the slot from which they are restored first
+    kv: BlockCopy | None
+    restore_from: int | None  # the slot from which its recurrent states are restored first
     keep_to: int | None  # then that to which they are copied before the step
     save_to: int | None  # and that to which they are copied after it
 
@@ -28,11 +29,17 @@ class KVCacheManager:
     |---|---|---|
     | [0, c - window + 1) in whole blocks, less the last published one | anybody: the entries are stale | maybe |
     | the rest of the `num_published_blocks` | the request, and all others that share it | yes, or left it early |
-    | the rest, up to ceil(e / block_size) blocks | the request, alone | no |
+    | the rest, up to ceil(e / block_size) blocks | the request, alone | the first one, as a tail, maybe |
 
     A block is published, for others to use, as soon as its tokens are known on the host and the step that writes its KV
     is about to be launched: steps run in order, and in a step each layer writes before it reads, so that even requests
-    of one step share. Published blocks are not written again, so no block is ever copied in order to be changed.
+    of one step share. Positions that are published are not written again.
+
+    The end of a prompt or of an answer rarely fills its block. Such a tail is published too, when the prompt is
+    computed and when the request leaves. A request whose next tokens are the first ones of a block, a tail or a full
+    one, goes on in that block itself if nobody owns it and it holds nothing else, or else in a copy of that part, whose
+    source it owns until the step that copies is launched. Recurrent states are of ends of blocks alone, so models that
+    have them share full blocks only.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class KVCacheManager:
         """`window`: no layer looks back further than so many tokens; None: some layer sees all. `num_snapshots`: how
         many slots beyond the running requests' keep recurrent states of the past; None: there are no such states."""
         self.block_size = block_size
+        self._min_copied = max(block_size // 4, 1)  # tokens: a copy is an op more in each layer
         self._window = window
         self._pool = BlockPool(num_blocks)
         self._tree = PrefixTree(self._pool, block_size)
@@ -82,6 +90,7 @@ class KVCacheManager:
             num_tokens = request.num_uncomputed_tokens
             return num_tokens if request.num_redone_tokens else min(num_tokens, max_tokens)
         self._settle(request)
+        self._drop_copy(request)
         self._skip_cached(request)
         num_tokens = min(request.num_uncomputed_tokens, max_tokens)
         if self._snapshots is None:
@@ -115,11 +124,15 @@ class KVCacheManager:
             self._running.append(request)
         return True
 
-    def launch(self, request: Request, end_pos: int, num_drafts: int = 0) -> StateSlots:
+    def launch(self, request: Request, end_pos: int, num_drafts: int = 0) -> StepCopies:
         """The step in the works computes the request's positions before `end_pos`, so others may use them, and those
         of drafts behind them, which nobody may use before `judge`."""
         self._settle(request)
         self._publish(request, end_pos)
+        if end_pos == len(request.prompt_token_ids):
+            self._publish_tail(request, end_pos)
+        copy, request.copy = request.copy, None
+        request.copied_block = copy.source if copy else None
         restore_from, request.restore_from = request.restore_from, None
         keep_to = save_to = None
         if self._snapshots is not None:
@@ -130,7 +143,7 @@ class KVCacheManager:
                 save_to = self._snapshots.reserve(request, end_pos)
         request.num_computed_tokens = end_pos
         request.num_redone_tokens = 0
-        return StateSlots(restore_from, keep_to, save_to)
+        return StepCopies(copy, restore_from, keep_to, save_to)
 
     def max_drafts(self, request: Request) -> int | None:
         """How many drafts the request's next step may have; None: any number."""
@@ -152,15 +165,22 @@ class KVCacheManager:
     def free(self, request: Request) -> None:
         """Take all blocks and the slot back; the request's tokens must be computed or found again to go on."""
         self._settle(request)
+        self._drop_copy(request)
+        self._publish_tail(request, request.num_computed_tokens)
         self._release(request)
 
     def discard(self, request: Request) -> None:
         """Free a request whose KV and states may hold values that are no numbers: nobody may use them, nor anything
         that begins with the same block."""
-        for block in self._tree.match(request.cache_salt, None, request.known_tokens(0, self.block_size)):
+        first_blocks = self._tree.match(request.cache_salt, None, request.known_tokens(0, self.block_size))
+        if not request.num_freed_blocks:
+            first_blocks += request.block_table[:1]  # which may be a tail
+        for block in first_blocks:
             self._drop_snapshots(self._tree.remove(block))
         if self._snapshots is not None:
             self._snapshots.settle(request, None)
+        self._release_copied(request)
+        self._drop_copy(request)
         self._release(request)
 
     def clear(self) -> None:
@@ -188,6 +208,7 @@ class KVCacheManager:
 
     def _settle(self, request: Request) -> None:
         """Publish what the steps launched so far have computed."""
+        self._release_copied(request)
         self._publish(request, request.num_computed_tokens)
         if request.pending_snapshot is not None and self._snapshots is not None:
             index = request.pending_snapshot.index
@@ -223,6 +244,14 @@ class KVCacheManager:
                 self._replace(request, i, [block])
             request.num_published_blocks = i + 1
 
+    def _publish_tail(self, request: Request, end_pos: int) -> None:
+        """Let others find what lies before `end_pos` behind the last full block."""
+        first = request.num_published_blocks
+        token_ids = request.known_tokens(first * self.block_size, end_pos)
+        if self._snapshots is None and 0 < len(token_ids) < self.block_size:
+            after = request.block_table[first - 1] if first else None
+            self._tree.insert(request.cache_salt, after, token_ids, request.block_table[first])
+
     def _skip_cached(self, request: Request) -> None:
         """Go on from the end of what others have published. At least one token is left to compute."""
         if request.needs_every_state:
@@ -236,14 +265,50 @@ class KVCacheManager:
             num_usable = self._snapshots.num_usable(path)
             request.shared_pos = (first + len(path)) * self.block_size
         end_pos = (first + num_usable) * self.block_size
-        if end_pos <= request.num_computed_tokens:
+        if end_pos > request.num_computed_tokens:
+            if self._snapshots is not None:
+                request.restore_from = self._snapshots.use(path[num_usable - 1], request.client)
+                request.saved_pos = end_pos
+            self._replace(request, first, path[:num_usable])
+            request.num_published_blocks = first + num_usable
+            request.num_computed_tokens = end_pos
+        if self._snapshots is None:
+            self._skip_part(request)
+
+    def _skip_part(self, request: Request) -> None:
+        """Go on from the middle of a block of others that begins as the request's next one does."""
+        first = request.num_published_blocks
+        start_pos = first * self.block_size
+        token_ids = request.known_tokens(start_pos, min(start_pos + self.block_size, request.num_tokens - 1))
+        after = request.block_table[first - 1] if first else None
+        part = self._tree.match_part(request.cache_salt, after, token_ids)
+        if part is None:
             return
-        if self._snapshots is not None:
-            request.restore_from = self._snapshots.use(path[num_usable - 1], request.client)
-            request.saved_pos = end_pos
-        self._replace(request, first, path[:num_usable])
-        request.num_published_blocks = first + num_usable
-        request.num_computed_tokens = end_pos
+        block, num_tokens, is_whole = part
+        num_gained = start_pos + num_tokens - request.num_computed_tokens
+        if num_gained <= 0:
+            return
+        if is_whole and not self._pool.ref_count(block):
+            self._replace(request, first, [block])
+        elif num_gained >= self._min_copied:
+            self._pool.retain([block])
+            request.copy = BlockCopy(block, first, num_tokens, request.num_computed_tokens)
+        else:
+            return
+        request.num_computed_tokens = start_pos + num_tokens
+
+    def _release_copied(self, request: Request) -> None:
+        """The step that copies is launched: whoever gets the source next writes later."""
+        if request.copied_block is not None:
+            self._pool.release([request.copied_block], request.client)
+            request.copied_block = None
+
+    def _drop_copy(self, request: Request) -> None:
+        """What was to be copied is not."""
+        if request.copy is not None:
+            self._pool.release([request.copy.source], request.client)
+            request.num_computed_tokens = request.copy.resumes_from
+            request.copy = None
 
     def _match(self, request: Request, first: int, end: int) -> list[int]:
         """Blocks of others that hold the request's blocks [first, end), as many in a row as there are."""

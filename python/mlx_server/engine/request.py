@@ -37,6 +37,17 @@ class PendingSnapshot:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """What a request's next step copies into a block of its own before it writes there: the first `num_tokens` of the
+    block `source`."""
+
+    source: int
+    index: int  # in the table, of the block that they are copied to
+    num_tokens: int
+    resumes_from: int  # num_computed_tokens without it
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     request_id: str
@@ -64,6 +75,8 @@ class Request:
     num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
     num_published_blocks: int = 0  # at the table's begin: others may use them
     num_cached_tokens: int = 0  # of the prompt: never computed for this request
+    copy: BlockCopy | None = None  # of the next step, which has not been launched; owns the source
+    copied_block: int | None = None  # the source of the newest step, owned until the next one
     slot: int | None = None  # of the recurrent states, while running
     restore_from: int | None = None  # slot of the state from which the next step goes on
     shared_pos: int = 0  # end of what others have computed too; models with recurrent states only, like the next ones

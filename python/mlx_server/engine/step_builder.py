@@ -18,9 +18,9 @@ class StepBuilder:
         start_pos = request.num_computed_tokens
         end_pos = start_pos + num_tokens
         samples, is_decode = end_pos == request.num_tokens, request.is_decoding
-        slots = self._kv_cache.launch(request, end_pos, len(drafts))
+        copies = self._kv_cache.launch(request, end_pos, len(drafts))
         request.num_in_flight_tokens += samples
-        row = BatchRow(request, start_pos, end_pos + len(drafts), samples, *slots, drafts, is_decode)
+        row = BatchRow(request, start_pos, end_pos + len(drafts), samples, *copies, drafts, is_decode)
         self.rows.append(row)
         self.members.add(request)
         self.budget -= row.num_tokens

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from mlx_server.engine.batch import BatchArrays, SlotCopies
 from mlx_server.models.base import KVSpec, StateSpec
-from mlx_server.ops.attention import AttentionBatch, new_kv_pool, paged_attention, pool_arrays, write_kv
+from mlx_server.ops.attention import AttentionBatch, copy_kv, new_kv_pool, paged_attention, pool_arrays, write_kv
 from mlx_server.ops.copy_rows import copy_rows
 from mlx_server.ops.gated_delta import gated_delta
 
@@ -67,6 +67,7 @@ class EngineStepContext:
         self._states = states
         self._slot_mapping = mx.array(arrays.slot_mapping)  # [T]
         self._batch = AttentionBatch(mx.array(arrays.block_tables), arrays.query_lens, arrays.context_lens)
+        self._copied = arrays.copied
         self._slots = mx.array(arrays.slots)  # [B]
         self._query_lens = arrays.query_lens
         self._fresh = arrays.fresh
@@ -85,6 +86,8 @@ class EngineStepContext:
     ) -> mx.array:
         pools = self._pools.layers
         pools[layer] = write_kv(pools[layer], k, v, self._slot_mapping)
+        if self._copied.targets:
+            pools[layer] = copy_kv(pools[layer], self._copied.sources, self._copied.targets)
         return paged_attention(q, pools[layer], self._batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
     def gated_delta(

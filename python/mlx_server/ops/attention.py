@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_server import _ext
 from mlx_server._ext import AttentionBatch, KVPool
 
-__all__ = ["AttentionBatch", "KVPool", "new_kv_pool", "paged_attention", "pool_arrays", "write_kv"]
+__all__ = ["AttentionBatch", "KVPool", "copy_kv", "new_kv_pool", "paged_attention", "pool_arrays", "write_kv"]
 
 
 def new_kv_pool(shape: tuple[int, int, int, int], dtype: mx.Dtype, *, bits: int | None = None) -> KVPool:
@@ -46,6 +46,18 @@ def write_kv(pool: KVPool, k: mx.array, v: mx.array, slot_mapping: mx.array) -> 
         ValueError: shapes or dtypes don't fit.
     """
     return _ext.write_kv(pool, k, v, slot_mapping)
+
+
+def copy_kv(pool: KVPool, from_slots: list[int], to_slots: list[int]) -> KVPool:
+    """The pool with what the slots `from_slots[i]` hold in the slots `to_slots[i]` too, all read before any is written.
+
+    The new pool takes over the memory of the old one, as in `write_kv`.
+
+    Raises:
+        ValueError: the lists differ in length, or `to_slots` names a slot twice.
+        IndexError: a slot is outside the pool.
+    """
+    return _ext.copy_kv(pool, from_slots, to_slots)
 
 
 def paged_attention(
