@@ -33,8 +33,9 @@ def test_an_answer_counts_its_prompt(claude: Anthropic) -> None:
 
 
 def test_a_stream_is_the_answer_in_pieces(claude: Anthropic) -> None:
-    whole = claude.messages.create(**ask())
-    with claude.messages.stream(**ask()) as stream:
+    long = ask(messages=STORY, max_tokens=100)  # pieces of what is ready before it is sent are joined
+    whole = claude.messages.create(**long)
+    with claude.messages.stream(**long) as stream:
         pieces = list(stream.text_stream)
         final = stream.get_final_message()
     assert len(pieces) > 3

@@ -33,7 +33,7 @@ def run_script(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) 
         result = subprocess.run(
             ["node", name, server.url()], cwd=folder, check=False, capture_output=True, text=True, timeout=120
         )
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, f"{result.stderr}\n{server.err}"
 
     return run
 
