@@ -212,6 +212,17 @@ def test_head_and_encoded_slash(process: Process) -> None:
     assert process.get("/v1/models/org/tiny") == 200
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"HEAD / HTTP/1.1\r\n" + b"a: b\r\n" * 200, b"HEAD / HTTP/1.1\r\nContent-Length: x\r\n"],
+    ids=["431", "400"],
+)
+def test_a_refused_head_has_no_body(process: Process, head: bytes) -> None:
+    reply = raw(process, head + b"\r\n")
+    assert reply.startswith(b"HTTP/1.1 4") and reply.endswith(b"\r\n\r\n")
+    assert b"content-length: 0" not in reply  # what it would be for GET
+
+
 def test_http_1_0_and_missing_host(process: Process) -> None:
     assert raw(process, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200 ")
     assert raw(process, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400 ")

@@ -155,7 +155,8 @@ class Connection(Generic[_R]):
             "connection": "close",
         }
         lines = [f"HTTP/1.1 {code_to_http_status(status)}", *(f"{name}: {value}" for name, value in fields.items())]
-        self.send_at_once("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        is_head = (self._head or self.received).startswith(b"HEAD ")
+        self.send_at_once("\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if is_head else body))
 
     def _target(self) -> tuple[str, dict[str, str]]:
         """Path and headers of the request, as far as they are known: "-" and none at first."""
