@@ -126,6 +126,14 @@ def test_two_ends_of_one_conversation_are_copies() -> None:
     ]
 
 
+def test_a_copy_does_not_take_the_last_block() -> None:
+    """The second prompt needs all four; what it could copy a part of is one of them."""
+    engine = Engine(num_blocks=4, max_batch_tokens=64)
+    engine.run(make_submit("first", SYSTEM[:7], 1))
+    assert engine.run(make_submit("second", SYSTEM[:6] + [1] * 8, 2)) == [4]
+    assert engine.num_copied_tokens == 0
+
+
 @pytest.mark.parametrize("lens", [(23, 23, 23, 23), (3, 3, 3), (21, 22, 23), (23, 22, 21), (22, 20, 23, 24)], ids=str)
 def test_prompts_of_one_step_share_their_ends(lens: tuple[int, ...]) -> None:
     """Also what one of them is copying itself."""

@@ -90,7 +90,6 @@ class KVCacheManager:
             num_tokens = request.num_uncomputed_tokens
             return num_tokens if request.num_redone_tokens else min(num_tokens, max_tokens)
         self._settle(request)
-        self._drop_copy(request)
         self._skip_cached(request)
         num_tokens = min(request.num_uncomputed_tokens, max_tokens)
         if self._snapshots is None:
@@ -104,13 +103,16 @@ class KVCacheManager:
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Let the request compute `num_tokens` more; False if blocks or slots are short: one that runs is then as
-        before, another one has nothing.
+        before, another one has nothing. A copy that it could begin with is given up for want of blocks.
 
         What its attention does not look back to any more is released first.
         """
         self._release_behind_window(request)
         end_pos = request.num_computed_tokens + num_tokens
         num_new = max(-(-end_pos // self.block_size) - len(request.block_table), 0)
+        if num_new > self.num_free_blocks and request.copy is not None:
+            self._drop_copy(request)  # its source may be the block that is missing
+            return self.allocate(request, num_tokens)
         if num_new > self.num_free_blocks or (request.slot is None and not self._free_slots):
             if request.slot is None:
                 self.free(request)
@@ -180,7 +182,6 @@ class KVCacheManager:
         if self._snapshots is not None:
             self._snapshots.settle(request, None)
         self._release_copied(request)
-        self._drop_copy(request)
         self._release(request)
 
     def clear(self) -> None:

@@ -75,7 +75,7 @@ class Request:
     num_freed_blocks: int = 0  # at the table's begin: behind the attention's window, no longer ours
     num_published_blocks: int = 0  # at the table's begin: others may use them
     num_cached_tokens: int = 0  # of the prompt: never computed for this request
-    copy: BlockCopy | None = None  # of the next step, which has not been launched; owns the source
+    copy: BlockCopy | None = None  # of the step that is being scheduled; owns the source
     copied_block: int | None = None  # the source of the newest step, owned until the next one
     slot: int | None = None  # of the recurrent states, while running
     restore_from: int | None = None  # slot of the state from which the next step goes on
