@@ -43,7 +43,7 @@ _RECONNECT_MS = 50
 # A stopped engine process keeps its socket open; only missing heartbeats tell. libzmq's own thread answers them, so a
 # long step does not look like that.
 _HEARTBEAT_MS = 1000
-_HEARTBEAT_TIMEOUT_MS = 4000
+_HEARTBEAT_TIMEOUT_MS = 10_000  # no less: a machine that swaps or is paused for some seconds is not a dead engine
 _RETRY_AFTER_S = 5
 _END_OF_CONNECTION = (
     zmq.EVENT_DISCONNECTED,
