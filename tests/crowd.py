@@ -170,7 +170,7 @@ async def crowd(num_requests: int, num_at_once: int, request: Callable[[], Any])
 
 async def leave_together(server: ServerProcess, count: int) -> None:
     """So many clients with endless answers, half of them streams, which leave when all are in the engine."""
-    bodies = [chat(messages=STORY, temperature=2, max_tokens=4000, stream=i % 2 == 0) for i in range(count)]
+    bodies = [chat(messages=STORY, ignore_eos=True, max_tokens=4000, stream=i % 2 == 0) for i in range(count)]
     callers = [Caller(server.url(), CHAT, body) for body in bodies]
     await asyncio.gather(*(caller.send() for caller in callers))
     await asyncio.to_thread(until, lambda: num_requests(server) == count, f"{count} requests in the engine", 120)

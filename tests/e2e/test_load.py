@@ -22,7 +22,7 @@ def test_a_client_that_fills_its_share_of_the_queue_is_told_to_wait():
         with contextlib.ExitStack() as streams:
             for _ in range(NUM_SLOTS):
                 chunks = client.chat.completions.create(
-                    model="default", messages=STORY, temperature=2, max_tokens=4000, stream=True
+                    model="default", messages=STORY, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
                 )
                 streams.callback(chunks.close)
             assert metric(server, "vllm:num_requests_running") == NUM_SLOTS

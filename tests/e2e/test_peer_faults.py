@@ -217,7 +217,7 @@ def test_greedy_beside_requests_with_other_parameters_is_the_same(server: Server
 def test_a_client_that_leaves_without_a_stream_leaves_the_engine_idle(server: ServerProcess) -> None:
     until(lambda: metric(server, "vllm:num_requests_running") == 0, "the others' end")
     connection = HTTPConnection(urlsplit(server.url()).netloc, timeout=60)
-    body = ASK | {"messages": STORY, "max_tokens": 8000, "temperature": 2}
+    body = ASK | {"messages": STORY, "max_tokens": 8000, "ignore_eos": True}
     connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
     until(lambda: metric(server, "vllm:num_requests_running") == 1, "the request runs")
     connection.close()
