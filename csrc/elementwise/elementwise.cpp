@@ -169,7 +169,7 @@ constexpr int kThreads = 128;
 int groups(std::size_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
 
 bool has_gpu_kernel(const mx::array& x, const mx::Stream& stream, std::string_view name) {
-  return stream.device == mx::Device::gpu && x.size() > 0 && x.size() < (std::size_t{1} << 31) && are_enabled({name});
+  return is_gpu(stream) && x.size() > 0 && x.size() < (std::size_t{1} << 31) && are_enabled({name});
 }
 
 mx::array gated_mul_gpu(const mx::array& x, const std::optional<mx::array>& up, const mx::Shape& shape, bool is_gelu,

@@ -16,6 +16,7 @@
 #include "gated_delta/gated_delta_cpu.h"
 #include "gated_delta/gated_delta_gpu.h"
 #include "kernels/kernel_use.h"
+#include "kernels/launch.h"
 
 namespace mlx_server {
 
@@ -157,7 +158,7 @@ Outputs gated_delta_cpu(const GatedDeltaInputs& in, mx::Stream s) {
 std::tuple<mx::array, mx::array, mx::array> gated_delta(const GatedDeltaInputs& in, mx::StreamOrDevice s_) {
   check(in);
   const auto s = mx::to_stream(s_);
-  if (s.device == mx::Device::gpu) {
+  if (is_gpu(s)) {
     return in.state.size() < 8 ? gated_delta_fallback(in, s) : gated_delta_gpu(in, s);
   }
   const bool has_kernel = in.key_head_dim % 8 == 0 && in.state.shape(2) % 8 == 0;

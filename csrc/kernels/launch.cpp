@@ -4,8 +4,10 @@
 #include <sstream>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <variant>
 
+#include <mlx/backend/cuda/cuda.h>
 #include <mlx/backend/metal/metal.h>
 
 #include "kernel_sources.h"
@@ -71,7 +73,18 @@ mx::fast::CustomKernelFunction make_kernel(const std::string& name, const Kernel
   return mx::fast::cuda_kernel(name, inputs, outputs, code_of(source.text), code_of(kernel_sources::cuda.text));
 }
 
+Simulator& simulator() {
+  static Simulator simulator;
+  return simulator;
+}
+
 }  // namespace
+
+void simulate_gpu(Simulator new_simulator) { simulator() = std::move(new_simulator); }
+
+bool is_gpu(mx::Stream s) { return s.device == mx::Device::gpu || simulator(); }
+
+bool is_cuda() { return mx::cu::is_available() || simulator(); }
 
 bool has_matrix_units(mx::Device device) {
   const auto& info = mx::device_info(device);
@@ -82,6 +95,9 @@ bool has_matrix_units(mx::Device device) {
 std::vector<mx::array> launch(const KernelSource& source, const KernelLaunch& launch, mx::Stream s) {
   static thread_local std::unordered_map<std::string, mx::fast::CustomKernelFunction> kernels;
   note_launch(source.name);
+  if (simulator()) {
+    return simulator()(source, launch);
+  }
   const std::string name = unique_name(source, launch);
   auto kernel = kernels.find(name);
   if (kernel == kernels.end()) {

@@ -11,6 +11,7 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "kernels/launch.h"
 #include "linear/linear_gpu.h"
 #include "linear/weight_form.h"
 
@@ -111,11 +112,10 @@ mx::array linear(const mx::array& x, const mx::array& weight, mx::StreamOrDevice
   }
   const mx::Stream stream = mx::to_stream(s);
   const auto form = weight_form(weight, std::nullopt, std::nullopt, 0, 0, "", weight.shape(1));
-  if (stream.device == mx::Device::cpu && form) {
+  if (!is_gpu(stream) && form) {
     return launch(x, *form, {weight}, stream);
   }
-  const auto y = stream.device == mx::Device::gpu ? linear_gpu(x, weight, stream)
-                                                  : mx::matmul(x, mx::transpose(weight, stream), stream);
+  const auto y = is_gpu(stream) ? linear_gpu(x, weight, stream) : mx::matmul(x, mx::transpose(weight, stream), stream);
   return mx::astype(y, x.dtype(), stream);
 }
 
@@ -125,17 +125,16 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
   check_quantized(x, weight, scales, biases, group_size, bits, mode);
   const mx::Stream stream = mx::to_stream(s);
   const auto form = weight_form(weight, scales, biases, group_size, bits, mode, x.shape(-1));
-  if (stream.device == mx::Device::cpu && form) {
+  if (!is_gpu(stream) && form) {
     std::vector<mx::array> matrix{weight, scales};
     if (biases) {
       matrix.push_back(*biases);
     }
     return launch(x, *form, std::move(matrix), stream);
   }
-  const auto y =
-      stream.device == mx::Device::gpu
-          ? quantized_linear_gpu(x, weight, scales, biases, group_size, bits, mode, stream)
-          : mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, stream);
+  const auto y = is_gpu(stream) ? quantized_linear_gpu(x, weight, scales, biases, group_size, bits, mode, stream)
+                                : mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits,
+                                                       mode, stream);
   return mx::astype(y, x.dtype(), stream);
 }
 

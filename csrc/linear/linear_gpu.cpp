@@ -3,7 +3,6 @@
 #include <utility>
 #include <vector>
 
-#include <mlx/backend/cuda/cuda.h>
 #include <mlx/ops.h>
 
 #include "kernel_sources.h"
@@ -163,7 +162,7 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
   if (is_empty(x, weight)) {  // MLX's CUDA kernels divide by the number of rows
     return mx::zeros(output_shape(x, n), x.dtype(), s);
   }
-  if (!is_batch_invariant() && !mx::cu::is_available()) {
+  if (!is_batch_invariant() && !is_cuda()) {
     return mx::quantized_matmul(x, weight, scales, biases, /*transpose=*/true, group_size, bits, mode, s);
   }
   const mx::array flat = flatten_rows(x, s);

@@ -13,6 +13,7 @@
 
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
+#include "kernels/launch.h"
 #include "linear/weight_form.h"
 #include "moe/moe_cpu.h"
 #include "moe/moe_gpu.h"
@@ -185,7 +186,7 @@ std::pair<mx::array, mx::array> route(const mx::array& logits, int top_k, Scorin
     op_error(kRoute, "top_k must be in 1..", logits.shape(1), " but got ", top_k);
   }
   const mx::Stream stream = mx::to_stream(s);
-  if (stream.device == mx::Device::gpu) {
+  if (is_gpu(stream)) {
     return route_gpu(logits, top_k, scoring, normalize, stream);
   }
   const mx::Shape shape{logits.shape(0), top_k};
@@ -207,7 +208,7 @@ mx::array moe_mlp(const mx::array& x, const mx::array& experts, const mx::array&
   check_matrix("up", up, num_experts, n, d);
   check_matrix("down", down, num_experts, d, n);
   const mx::Stream stream = mx::to_stream(s);
-  if (stream.device == mx::Device::gpu) {
+  if (is_gpu(stream)) {
     return moe_mlp_gpu(x, experts, weights, gate, up, down, shared, stream);
   }
   const auto gate_form = form_of(gate, d), up_form = form_of(up, d), down_form = form_of(down, n);

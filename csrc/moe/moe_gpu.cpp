@@ -4,8 +4,6 @@
 #include <bit>
 #include <sstream>
 
-#include <mlx/backend/cuda/cuda.h>
-
 #include "common/op_error.h"
 #include "elementwise/elementwise.h"
 #include "kernel_sources.h"
@@ -196,11 +194,10 @@ mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::ar
     op_error("moe_mlp", "no kernel computes experts token by token whose gate is ", form(gate), ", up ", form(up),
              " and down ", form(down), ", for x ", x.dtype());
   }
-  const bool is_cuda = mx::cu::is_available();
-  if (has_matrix && is_cuda) {
+  if (has_matrix && is_cuda()) {
     return join(matrix_rows(x, experts, gate, up, down, s), x, weights, shared, s);
   }
-  if (has_few && is_cuda && !gate.scales) {  // MLX's product of plain ones is wrong there
+  if (has_few && is_cuda() && !gate.scales) {  // MLX's product of plain ones is wrong there
     return few_tokens(x, experts, weights, gate, up, down, shared, s);
   }
   if (are_enabled({"moe_join"})) {

@@ -95,7 +95,7 @@ Quantized quantize_fallback(const mx::array& x, mx::Stream s) {
 Quantized quantize(const mx::array& x, mx::Stream s) {
   const std::vector<mx::Shape> shapes{x.shape(), {x.shape(0), x.shape(1)}};
   const std::vector<mx::Dtype> dtypes{mx::int8, mx::float32};
-  if (s.device == mx::Device::cpu) {
+  if (!is_gpu(s)) {
     const auto outputs =
         mx::array::make_arrays(shapes, dtypes, std::make_shared<QuantizePrimitive>(s), {mx::astype(x, mx::float32, s)});
     return {outputs[0], outputs[1]};

@@ -12,6 +12,7 @@
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
 #include "common/thread_pool.h"
+#include "kernels/launch.h"
 #include "paged_attention/paged_attention_cpu.h"
 
 namespace mlx_server {
@@ -136,7 +137,7 @@ mx::array paged_attention(const mx::array& q, const KVPool& pool, const Attentio
   if (batch.num_rows() == 0) {
     return q;
   }
-  if (s.device == mx::Device::gpu && head_dim >= 8 && head_dim <= 256) {
+  if (is_gpu(s) && head_dim >= 8 && head_dim <= 256) {
     return paged_attention_gpu(q, pool, batch, options, s);
   }
   const bool is_float = q.dtype() == mx::float32 && (pool.key_scales || pool.keys.dtype() == mx::float32);

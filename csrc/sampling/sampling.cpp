@@ -12,6 +12,7 @@
 #include "common/op_error.h"
 #include "common/row_contiguous.h"
 #include "common/thread_pool.h"
+#include "kernels/launch.h"
 #include "sampling/sample_row.h"
 
 namespace mlx_server {
@@ -115,7 +116,7 @@ Sampled sample(const SampleInputs& in, mx::StreamOrDevice s) {
   check_sample(in);
   const mx::Stream stream = mx::to_stream(s);
   const int batch_size = in.logits.shape(0);
-  if (stream.device != mx::Device::cpu) {
+  if (is_gpu(stream)) {
     const bool has_kernel = batch_size > 0 && in.logits.shape(1) < kMaxGpuVocab;
     return has_kernel ? sample_gpu(in, stream) : sample_fallback(in, s);
   }

@@ -22,6 +22,11 @@ def is_batch_invariant() -> bool: ...
 
 def take_launched_kernels() -> list[str]: ...
 
+def simulate_gpu(function: object | None) -> None:
+    """
+    Lets ops on the CPU take the way of an NVIDIA GPU's, and a function compute the outputs of kernels: `function(name, text, inputs, output_shapes, output_dtypes, constants, groups, threads)`. None ends that. For tests.
+    """
+
 class BlockPool:
     """
     Which of the KV cache's fixed-size blocks are free, and how many owners the others have.

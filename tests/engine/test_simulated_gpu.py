@@ -1,0 +1,100 @@
+"""The ops' code for GPUs, and the kernels that it launches, on a GPU that is simulated."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.test_runner import GREEDY, PARITY, generate, make_core
+from gpu_simulator import Simulator
+from mlx_server import wire
+from mlx_server.engine.kernel_cases import kernel_cases
+from mlx_server.engine.kernel_check import check_kernels
+from mlx_server.models.base import Model
+from mlx_server.models.loader import load_model
+from mlx_server.ops.kernels import set_batch_invariant
+from models.checkpoints import save
+
+ALWAYS = {"gated_mul", "qkv_rope", "sampling_adjust", "sampling_choose"}
+ATTENTION = {"attention_combine", "attention_decode", "attention_matrix"}
+EXPERTS = {"moe_route", "moe_hidden", "moe_output", "moe_sort", "moe_matrix", "moe_join"}
+STATES = {"gated_delta_conv", "gated_delta_chunk", "gated_delta_scan", "gated_delta_step"}
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
+    return Simulator(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def gpu(simulator: Simulator) -> Iterator[Simulator]:
+    simulator.launched.clear()
+    with simulator.running():
+        yield simulator
+
+
+def half_model(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A tiny model in bfloat16, as a GPU computes it."""
+    directory = PARITY / name / "mlx-4bit"
+    config, weights = json.loads((directory / "config.json").read_text()), mx.load(str(directory / "model.safetensors"))
+    half = {name: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x for name, x in weights.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        return load_model(save(folder, config, half))
+
+
+@pytest.mark.parametrize(
+    "name, kv_bits, kernels",
+    [
+        ("llama", 8, ALWAYS | ATTENTION | {"kv_quantize", "linear_decode"}),
+        ("gemma3_text", None, ALWAYS | ATTENTION | {"linear_decode"}),
+        ("qwen3_moe", None, ALWAYS | ATTENTION | EXPERTS | {"linear_decode"}),
+        ("qwen3_next", None, ALWAYS | ATTENTION | EXPERTS | STATES | {"linear_decode"}),
+    ],
+)
+def test_kernels_agree_with_their_references(
+    name: str,
+    kv_bits: int | None,
+    kernels: set[str],
+    simulator: Simulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the engine itself checks when it starts on a GPU."""
+    model = half_model(name, tmp_path, monkeypatch)
+    simulator.launched.clear()
+    with simulator.running(), caplog.at_level(logging.WARNING):
+        check_kernels(kernel_cases(model, kv_bits))
+    assert not caplog.messages
+    assert simulator.launched == kernels
+
+
+def test_the_batch_invariant_mode_has_one_way_for_prompts_and_decodes(
+    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = half_model("qwen3_next", tmp_path, monkeypatch)
+    simulator.launched.clear()
+    set_batch_invariant(True)
+    try:
+        with simulator.running():
+            check_kernels(kernel_cases(model, None))  # raises where one is wrong or missing
+    finally:
+        set_batch_invariant(False)
+    used = {"linear_matrix", "moe_route", "moe_sort", "moe_matrix", "moe_join", "gated_delta_step"}
+    assert simulator.launched == ALWAYS | ATTENTION - {"attention_matrix"} | used
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "qwen3_next"])
+def test_greedy_tokens_are_those_of_transformers(name: str, gpu: Simulator) -> None:
+    """The whole engine, prompt in two pieces and pipelined decodes, in float32."""
+    directory = PARITY / name / "mlx-4bit"
+    arrays = np.load(directory / "fixture.npz")
+    prompt, greedy = arrays["prompt"].tolist(), arrays["greedy"].tolist()[:6]
+    core = make_core(load_model(str(directory)), max_batch_tokens=40)
+    assert generate(core, wire.Submit("a", prompt, len(greedy), [], GREEDY)) == {"a": greedy}
+    assert {"qkv_rope", "attention_decode", "sampling_choose"} <= gpu.launched
