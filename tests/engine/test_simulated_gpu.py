@@ -16,7 +16,9 @@ from mlx_server.engine.kernel_cases import kernel_cases
 from mlx_server.engine.kernel_check import check_kernels
 from mlx_server.models.base import Model
 from mlx_server.models.loader import load_model
+from mlx_server.ops import fallbacks
 from mlx_server.ops.kernels import set_batch_invariant
+from mlx_server.ops.moe import ExpertMatrix, moe_mlp
 from models.checkpoints import save
 
 ALWAYS = {"gated_mul", "qkv_rope", "sampling_adjust", "sampling_choose"}
@@ -87,6 +89,45 @@ def test_the_batch_invariant_mode_has_one_way_for_prompts_and_decodes(
         set_batch_invariant(False)
     used = {"linear_matrix", "moe_route", "moe_sort", "moe_matrix", "moe_join", "gated_delta_step"}
     assert simulator.launched == ALWAYS | ATTENTION - {"attention_matrix"} | used
+
+
+@pytest.mark.parametrize("bits", [None, 3, 8])
+def test_experts_of_many_tokens(bits: int | None, gpu: Simulator) -> None:
+    """Tokens that share some experts and leave others out; in the batch-invariant mode a token's bits are its own."""
+
+    def matrix(*shape: int) -> ExpertMatrix:
+        dense = mx.array(rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5))
+        if bits is None:
+            return ExpertMatrix(dense.astype(mx.float16))
+        weight, *rest = mx.quantize(dense, 32, bits)
+        return ExpertMatrix(weight, *(array.astype(mx.float16) for array in rest), group_size=32, bits=bits)
+
+    rng = np.random.default_rng(0)
+    matrices = {"gate": matrix(12, 160, 96), "up": matrix(12, 160, 96), "down": matrix(12, 96, 160)}
+    x = mx.array(rng.standard_normal((90, 96), np.float32)).astype(mx.float16)
+    experts = mx.array(rng.choice([0, 3, 3, 3, 7, 11], (90, 3)).astype(np.int32))
+    weights = mx.array(rng.random((90, 3), np.float32))
+
+    def exact(matrix: ExpertMatrix) -> ExpertMatrix:
+        if matrix.scales is None or matrix.biases is None or bits is None:
+            return ExpertMatrix(matrix.weight.astype(mx.float32))
+        scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
+        return ExpertMatrix(mx.dequantize(matrix.weight, scales, biases, 32, bits))
+
+    def block(tokens: slice) -> mx.array:
+        return moe_mlp(x[tokens], experts[tokens], weights[tokens], shared=x[tokens], **matrices)
+
+    y = block(slice(90))
+    assert gpu.launched == {"gated_mul", "moe_join", "moe_matrix", "moe_sort"}
+    exactly, x32 = {name: exact(matrix) for name, matrix in matrices.items()}, x.astype(mx.float32)
+    expected = fallbacks.moe_mlp_fallback(x32, experts, weights, shared=x32, **exactly)
+    assert mx.abs(y - expected).max() <= 2e-3 * mx.abs(expected).max()
+    set_batch_invariant(True)
+    try:
+        for i in (0, 44, 89):
+            assert mx.array_equal(block(slice(i, i + 1))[0], y[i])
+    finally:
+        set_batch_invariant(False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "qwen3_next"])
