@@ -1,8 +1,8 @@
 """The ops' code for GPUs, and the kernels that it launches, on a GPU that is simulated."""
 
-import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,12 +14,11 @@ from gpu_simulator import Simulator
 from mlx_server import wire
 from mlx_server.engine.kernel_cases import kernel_cases
 from mlx_server.engine.kernel_check import check_kernels
-from mlx_server.models.base import Model
 from mlx_server.models.loader import load_model
 from mlx_server.ops import fallbacks
 from mlx_server.ops.kernels import set_batch_invariant
 from mlx_server.ops.moe import ExpertMatrix, moe_mlp
-from models.checkpoints import save
+from models.checkpoints import load_half
 
 ALWAYS = {"gated_mul", "qkv_rope", "sampling_adjust", "sampling_choose"}
 ATTENTION = {"attention_combine", "attention_decode", "attention_matrix"}
@@ -39,14 +38,13 @@ def gpu(simulator: Simulator) -> Iterator[Simulator]:
         yield simulator
 
 
-def half_model(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """A tiny model in bfloat16, as a GPU computes it."""
-    directory = PARITY / name / "mlx-4bit"
-    config, weights = json.loads((directory / "config.json").read_text()), mx.load(str(directory / "model.safetensors"))
-    half = {name: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x for name, x in weights.items()}
-    with monkeypatch.context() as patch:
-        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        return load_model(save(folder, config, half))
+@contextmanager
+def batch_invariant_mode() -> Iterator[None]:
+    set_batch_invariant(True)
+    try:
+        yield
+    finally:
+        set_batch_invariant(False)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_kernels_agree_with_their_references(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What the engine itself checks when it starts on a GPU."""
-    model = half_model(name, tmp_path, monkeypatch)
+    model = load_half(PARITY / name / "mlx-4bit", mx.bfloat16, tmp_path, monkeypatch)
     simulator.launched.clear()
     with simulator.running(), caplog.at_level(logging.WARNING):
         check_kernels(kernel_cases(model, kv_bits))
@@ -79,14 +77,10 @@ def test_kernels_agree_with_their_references(
 def test_the_batch_invariant_mode_has_one_way_for_prompts_and_decodes(
     simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = half_model("qwen3_next", tmp_path, monkeypatch)
+    model = load_half(PARITY / "qwen3_next/mlx-4bit", mx.bfloat16, tmp_path, monkeypatch)
     simulator.launched.clear()
-    set_batch_invariant(True)
-    try:
-        with simulator.running():
-            check_kernels(kernel_cases(model, None))  # raises where one is wrong or missing
-    finally:
-        set_batch_invariant(False)
+    with batch_invariant_mode(), simulator.running():
+        check_kernels(kernel_cases(model, None))  # raises where one is wrong or missing
     used = {"linear_matrix", "moe_route", "moe_sort", "moe_matrix", "moe_join", "gated_delta_step"}
     assert simulator.launched == ALWAYS | ATTENTION - {"attention_matrix"} | used
 
@@ -122,12 +116,9 @@ def test_experts_of_many_tokens(bits: int | None, gpu: Simulator) -> None:
     exactly, x32 = {name: exact(matrix) for name, matrix in matrices.items()}, x.astype(mx.float32)
     expected = fallbacks.moe_mlp_fallback(x32, experts, weights, shared=x32, **exactly)
     assert mx.abs(y - expected).max() <= 2e-3 * mx.abs(expected).max()
-    set_batch_invariant(True)
-    try:
+    with batch_invariant_mode():
         for i in (0, 44, 89):
             assert mx.array_equal(block(slice(i, i + 1))[0], y[i])
-    finally:
-        set_batch_invariant(False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "qwen3_next"])

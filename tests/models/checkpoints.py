@@ -1,10 +1,14 @@
-"""Small llama checkpoints with random weights."""
+"""Small llama checkpoints with random weights, and saved ones in half precision."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
+
+from mlx_server.models.base import Model
+from mlx_server.models.loader import load_model
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -93,3 +97,12 @@ def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array]) 
     (directory / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(directory / "model.safetensors"), weights)
     return str(directory)
+
+
+def load_half(saved: Path, dtype: mx.Dtype, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The model that is saved in float32, in half precision as a GPU loads it; `directory` holds the checkpoint."""
+    config, weights = json.loads((saved / "config.json").read_text()), mx.load(str(saved / "model.safetensors"))
+    half = {name: x.astype(dtype) if x.dtype == mx.float32 else x for name, x in weights.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        return load_model(save(directory, config, half))

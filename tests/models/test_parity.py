@@ -1,6 +1,5 @@
 """Every architecture on tiny models whose logits and greedy tokens transformers has computed; see parity/README.md."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_server.models.loader import load_model
-from models.checkpoints import save
+from models.checkpoints import load_half
 from models.dense_kv import DenseKV, greedy, prompt_logits, step
 
 PARITY = Path(__file__).parent / "parity"
@@ -59,11 +58,7 @@ def test_reads_configs_of_transformers_5(name, tmp_path):
 def test_computes_in_half_precision_on_a_gpu(name, tmp_path, monkeypatch):
     """Here on the CPU, but with a checkpoint's own dtype. Errors are as large as mlx-lm's, and rounding's."""
     directory = PARITY / name / "mlx-4bit"
-    config, weights = json.loads((directory / "config.json").read_text()), mx.load(str(directory / "model.safetensors"))
-    half = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
-    with monkeypatch.context() as patch:
-        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        model = load_model(save(tmp_path, config, half))
+    model = load_half(directory, mx.float16, tmp_path, monkeypatch)
     assert model.kv_spec.dtype == mx.float16
     fixture = np.load(directory / "fixture.npz")
     errors = np.abs(prompt_logits(model, fixture["prompt"].tolist()) - fixture["logits"])
