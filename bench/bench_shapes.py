@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bench.completers import Complete, mlx_lm, ours
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_server.models.loader import ARCHITECTURES
 from mlx_server.models.quantize import read_plan
@@ -87,14 +87,21 @@ LOADS = [(1, 2048, 1), (1, 16, 128), (8, 16, 128), (32, 16, 128)]
 
 
 def random_model(config: dict[str, Any]) -> nn.Module:
-    """mlx-lm's, in bfloat16 and QUANTIZATION."""
+    """mlx-lm's, in bfloat16 and QUANTIZATION, of random bits: quantizing random matrices would take minutes."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
-    for layer in model.model.layers:  # one by one, to bound memory
-        nn.quantize(layer, **QUANTIZATION)
-        mx.eval(layer.parameters())
-    nn.quantize(model, **QUANTIZATION)
+    nn.quantize(model, **QUANTIZATION)  # not evaluated
+
+    def random(path: str, x: mx.array) -> mx.array:
+        if x.dtype == mx.uint32:
+            return mx.random.randint(0, 256, (*x.shape[:-1], 4 * x.shape[-1]), mx.uint8).view(mx.uint32)
+        if not path.endswith(("scales", "biases")):
+            return x
+        scale = (x.shape[-1] * QUANTIZATION["group_size"]) ** -0.5 / 4.6  # products of about the inputs' size
+        return mx.full(x.shape, scale if path.endswith("scales") else -7.5 * scale, x.dtype)
+
+    model.update(tree_map_with_path(random, model.parameters()))
     mx.eval(model.parameters())
     return model
 

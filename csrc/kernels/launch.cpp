@@ -1,11 +1,18 @@
 #include "kernels/launch.h"
 
 #include <algorithm>
+#include <functional>
+#include <memory>
 #include <sstream>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <variant>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <mlx/backend/cuda/cuda.h>
 #include <mlx/backend/metal/metal.h>
@@ -18,6 +25,8 @@ namespace mlx_server {
 namespace mx = mlx::core;
 
 namespace {
+
+constexpr std::size_t kMaxForms = 1024;
 
 // MLX declares those attributes of Metal that a kernel's text mentions.
 constexpr char kMetalAttributes[] =
@@ -36,13 +45,16 @@ std::vector<std::string> declared_names(std::string_view text, std::string_view 
   return names;
 }
 
+// Whether MLX puts an input into Metal's constant memory.
+bool is_constant(const mx::array& input) { return input.size() < 8 && mx::metal::is_available(); }
+
 // MLX keeps compiled kernels by name, so one name stands for one text: it depends on the types of arrays, and on Metal
-// on which inputs MLX puts into constant memory, those with fewer than 8 elements.
+// on which inputs are in constant memory.
 std::string unique_name(const KernelSource& source, const KernelLaunch& launch) {
   std::ostringstream name;
   name << source.name;
   for (const mx::array& input : launch.inputs) {
-    name << '_' << static_cast<int>(input.dtype().val()) << (input.size() < 8 && mx::metal::is_available() ? "c" : "");
+    name << '_' << static_cast<int>(input.dtype().val()) << (is_constant(input) ? "c" : "");
   }
   for (const mx::Dtype& dtype : launch.output_dtypes) {
     name << "_o" << static_cast<int>(dtype.val());
@@ -50,7 +62,7 @@ std::string unique_name(const KernelSource& source, const KernelLaunch& launch) 
   return name.str();
 }
 
-// MLX copies and hashes a kernel's text each time that it is launched: without comments and indents that takes half.
+// Without comments and indents.
 std::string code_of(std::string_view text) {
   std::istringstream lines{std::string(text)};
   std::string code;
@@ -64,13 +76,66 @@ std::string code_of(std::string_view text) {
   return code;
 }
 
+// The text as a line that includes it, if the machine has files in memory. MLX hashes a kernel's text each time that it
+// is launched on CUDA, which takes as long as the rest of the launch, and of the line next to nothing. The line has a
+// hash of the text: MLX may keep what it compiled by it.
+std::string include_line(const KernelSource& source) {
+  std::string code = code_of(source.text);
+#ifdef __linux__
+  const int file = memfd_create(source.name, MFD_CLOEXEC);  // as long as the process
+  if (file >= 0 && write(file, code.data(), code.size()) == static_cast<ssize_t>(code.size())) {
+    std::ostringstream line;
+    line << "#include \"/proc/self/fd/" << file << "\" // " << std::hash<std::string>{}(code) << '\n';
+    return line.str();
+  }
+#endif
+  return code;
+}
+
 mx::fast::CustomKernelFunction make_kernel(const std::string& name, const KernelSource& source) {
   const auto inputs = declared_names(source.text, "inputs"), outputs = declared_names(source.text, "outputs");
   if (mx::metal::is_available()) {
     return mx::fast::metal_kernel(name, inputs, outputs, kMetalAttributes + code_of(source.text),
                                   code_of(kernel_sources::metal.text));
   }
-  return mx::fast::cuda_kernel(name, inputs, outputs, code_of(source.text), code_of(kernel_sources::cuda.text));
+  // MLX gives a kernel those shapes that its text mentions.
+  std::string shapes = "//";
+  for (const std::string& input : inputs) {
+    const std::string shape = input + "_shape";
+    shapes += std::string_view(source.text).find(shape) != std::string_view::npos ? ' ' + shape : "";
+  }
+  return mx::fast::cuda_kernel(name, inputs, outputs, shapes + '\n' + include_line(source),
+                               include_line(kernel_sources::cuda));
+}
+
+const mx::fast::CustomKernelFunction& kernel_of(const KernelSource& source, const KernelLaunch& launch) {
+  static thread_local std::unordered_map<std::string, mx::fast::CustomKernelFunction> kernels;
+  const std::string name = unique_name(source, launch);
+  const auto known = kernels.find(name);
+  return known != kernels.end() ? known->second : kernels.emplace(name, make_kernel(name, source)).first->second;
+}
+
+// All that MLX makes a primitive of: launches alike in it can share one, whose text is written once.
+std::string form_of(const KernelSource& source, const KernelLaunch& launch, mx::Stream s) {
+  std::string form;
+  form.reserve(256);
+  const auto add = [&form](auto value) { form.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
+  add(source.name);
+  add(s.index);
+  for (const mx::array& input : launch.inputs) {
+    add(input.dtype().val());
+    add(is_constant(input));
+  }
+  for (const mx::Dtype& dtype : launch.output_dtypes) {
+    add(dtype.val());
+  }
+  for (const auto& [name, value] : launch.constants) {
+    const auto* dtype = std::get_if<mx::Dtype>(&value);
+    add(dtype ? static_cast<int>(dtype->val()) : std::get<int>(value));
+  }
+  add(launch.groups);
+  add(launch.threads);
+  return form;
 }
 
 Simulator& simulator() {
@@ -86,29 +151,38 @@ bool is_gpu(mx::Stream s) { return s.device == mx::Device::gpu || simulator(); }
 
 bool is_cuda() { return mx::cu::is_available() || simulator(); }
 
-bool has_matrix_units(mx::Device device) {
-  const auto& info = mx::device_info(device);
-  const auto major = info.find("compute_capability_major");
-  return major == info.end() || std::get<std::size_t>(major->second) >= 8;
+bool has_matrix_units() {
+  if (!mx::cu::is_available()) {
+    return true;
+  }
+  static const bool has_units = [] {  // the driver takes its time to answer
+    return std::get<std::size_t>(mx::device_info(mx::Device::gpu).at("compute_capability_major")) >= 8;
+  }();
+  return has_units;
 }
 
 std::vector<mx::array> launch(const KernelSource& source, const KernelLaunch& launch, mx::Stream s) {
-  static thread_local std::unordered_map<std::string, mx::fast::CustomKernelFunction> kernels;
+  static thread_local std::unordered_map<std::string, std::shared_ptr<mx::Primitive>> primitives;
   note_launch(source.name);
   if (simulator()) {
     return simulator()(source, launch);
   }
-  const std::string name = unique_name(source, launch);
-  auto kernel = kernels.find(name);
-  if (kernel == kernels.end()) {
-    kernel = kernels.emplace(name, make_kernel(name, source)).first;
+  std::string form = form_of(source, launch, s);
+  const auto known = primitives.find(form);
+  if (known != primitives.end()) {
+    return mx::array::make_arrays(launch.output_shapes, launch.output_dtypes, known->second, launch.inputs);
   }
   auto constants = launch.constants;
   constants.emplace_back("THREADS", launch.threads);
   const auto& groups = launch.groups;
-  return kernel->second(launch.inputs, launch.output_shapes, launch.output_dtypes,
-                        {groups[0] * launch.threads, groups[1], groups[2]}, {launch.threads, 1, 1}, constants,
-                        std::nullopt, /*verbose=*/false, s);
+  auto outputs = kernel_of(source, launch)(launch.inputs, launch.output_shapes, launch.output_dtypes,
+                                           {groups[0] * launch.threads, groups[1], groups[2]}, {launch.threads, 1, 1},
+                                           constants, std::nullopt, /*verbose=*/false, s);
+  if (primitives.size() == kMaxForms) {
+    primitives.clear();
+  }
+  primitives.emplace(std::move(form), outputs[0].primitive_ptr());
+  return outputs;
 }
 
 }  // namespace mlx_server

@@ -43,7 +43,7 @@ bool is_gpu(mlx::core::Stream s);
 bool is_cuda();
 
 // Whether the GPU has what kernels' MATRIX_… need: on Metal always, on CUDA from compute capability 8 on.
-bool has_matrix_units(mlx::core::Device device);
+bool has_matrix_units();
 
 // The kernel's outputs. s is one of a GPU, as `is_gpu` says.
 std::vector<mlx::core::array> launch(const KernelSource& source, const KernelLaunch& launch, mlx::core::Stream s);

@@ -42,9 +42,7 @@ int split(int n, int k, int turn) {
 
 constexpr int kMatrixColumns = kThreads / 2;  // of a group of linear_matrix
 
-bool has_matrix_kernel(mx::Stream s) {
-  return has_matrix_units(s.device) && are_enabled({"linear_matrix", "linear_join"});
-}
+bool has_matrix_kernel() { return has_matrix_units() && are_enabled({"linear_matrix", "linear_join"}); }
 
 // Into which a column's sum is cut, as `split`: each of 256 elements at least.
 int parts(int n, int k) {
@@ -124,7 +122,7 @@ mx::array whole_units(const mx::array& a, mx::Stream s) {
 
 // x [rows, K], weight [N, K], of one dtype -> [rows, N]
 mx::array dense(const mx::array& x, const mx::array& weight, mx::Stream s) {
-  if (x.dtype().size() == 2 && x.shape(1) % 32 == 0 && has_matrix_kernel(s)) {
+  if (x.dtype().size() == 2 && x.shape(1) % 32 == 0 && has_matrix_kernel()) {
     return matrix(x, weight, weight, weight, /*group_size=*/32, /*bits=*/16, s);
   }
   return multiply(kernel_sources::linear_dense, {whole_units(x, s), whole_units(weight, s)},
@@ -172,7 +170,7 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
   };
   const auto compute = [&] {
     const bool is_readable = has_kernels(x, scales, group_size, bits, mode);
-    if (is_batch_invariant() && is_readable && has_matrix_kernel(s)) {
+    if (is_batch_invariant() && is_readable && has_matrix_kernel()) {
       return matrix(flat, weight, scales, *biases, group_size, bits, s);
     }
     if ((rows <= kTileRows || is_batch_invariant()) && is_readable && are_enabled({"linear_decode"})) {
@@ -181,7 +179,7 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
     if (is_batch_invariant()) {
       return dense(flat, dequantized(), s);
     }
-    if (rows < kManyRows && is_readable && has_matrix_kernel(s)) {
+    if (rows < kManyRows && is_readable && has_matrix_kernel()) {
       return matrix(flat, weight, scales, *biases, group_size, bits, s);
     }
     // For more rows MLX compiles a kernel, which takes half a minute or more.

@@ -59,9 +59,9 @@ bool has_few_kernels(const ExpertMatrix& gate, const ExpertMatrix& up) {
 }
 
 // Whether those that are readable can be computed expert by expert.
-bool has_matrix_kernels(const mx::array& x, const ExpertMatrix& gate, mx::Stream s) {
+bool has_matrix_kernels(const mx::array& x, const ExpertMatrix& gate) {
   return are_enabled({"moe_sort", "moe_matrix", "moe_join"}) && x.dtype().size() == 2 &&
-         gate.weight.shape(0) <= kMaxExperts && has_matrix_units(s.device);
+         gate.weight.shape(0) <= kMaxExperts && has_matrix_units();
 }
 
 // With more tokens, most experts would be read several times.
@@ -181,7 +181,7 @@ mx::array moe_mlp_gpu(const mx::array& x, const mx::array& experts, const mx::ar
     return moe_mlp_fallback(x, experts, weights, gate, up, down, shared, s);
   }
   const bool is_readable = are_readable(x, gate, up, down);
-  const bool has_matrix = is_readable && has_matrix_kernels(x, gate, s);
+  const bool has_matrix = is_readable && has_matrix_kernels(x, gate);
   const bool has_few = is_readable && has_few_kernels(gate, up);
   // The batch-invariant mode computes all numbers of tokens in one way.
   if (has_matrix && is_batch_invariant()) {

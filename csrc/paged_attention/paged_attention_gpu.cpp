@@ -95,8 +95,8 @@ struct Prefill {
 Prefill choose_prefill(const Call& call) {
   constexpr std::string_view kMatrix = "attention_matrix", kPlain = "attention_prefill";
   const int heads = std::min(call.sharing(), 16);
-  const bool fits_matrix = call.q.dtype().size() == 2 && call.head_dim() % 16 == 0 && call.head_dim() <= 128 &&
-                           has_matrix_units(call.stream.device);
+  const bool fits_matrix =
+      call.q.dtype().size() == 2 && call.head_dim() % 16 == 0 && call.head_dim() <= 128 && has_matrix_units();
   const std::string_view best = first_enabled({fits_matrix ? kMatrix : kPlain, kPlain});
   return best == kMatrix ? Prefill{kernel_sources::attention_matrix, true, heads, kThreads / 2 / heads}
                          : Prefill{kernel_sources::attention_prefill, best == kPlain, heads, kThreads / 4 / heads};
