@@ -129,9 +129,42 @@ void host_copy(To* to, const From* from) {
   }
 }
 
+// Two T in 32 bits.
+template <typename T>
+float host_half(std::uint32_t pair, int half) {
+  return float(std::bit_cast<T>(static_cast<std::uint16_t>(pair >> (16 * half))));
+}
+
+template <typename T>
+std::uint32_t host_pair(float low, float high) {
+  return std::bit_cast<std::uint16_t>(T(low)) | std::uint32_t{std::bit_cast<std::uint16_t>(T(high))} << 16;
+}
+
+template <typename T>
+std::uint32_t host_pair_fma(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  const auto fma = [&](int half) {
+    return std::fma(host_half<T>(a, half), host_half<T>(b, half), host_half<T>(c, half));
+  };
+  return host_pair<T>(fma(0), fma(1));
+}
+
 // 16 by 16, whole in each lane.
 struct HostMatrix {
   float x[16][16];
+
+  // Each lane gives its pair of the 8 by 8 that begins at row and column.
+  template <typename T>
+  void set_pairs(int row, int column, std::uint32_t pair) {
+    HostThread::current().exchange(std::bit_cast<float>(pair), [&](const auto& pairs) {
+      for (int i = 0; i < 8; ++i) {
+        for (int j = 0; j < 8; ++j) {
+          x[row + i][column + j] =
+              host_half<T>(std::bit_cast<std::uint32_t>(pairs[static_cast<std::size_t>(i * 4 + j / 2)]), j % 2);
+        }
+      }
+      return 0.0f;
+    });
+  }
 
   template <typename T>
   void load(const T* from, int row_stride, int column_stride) {
@@ -241,6 +274,13 @@ inline void host_atomic_max(std::atomic<std::uint32_t>& counter, std::uint32_t x
 #define MATRIX_LOAD_LEFT(a, from, stride) a.load(from, stride, 1)
 #define MATRIX_LOAD_RIGHT(b, from, stride) b.load(from, stride, 1)
 #define MATRIX_LOAD_TRANSPOSED(b, from, stride) b.load(from, 1, stride)
+#define MATRIX_ROW (LANE / 4)
+#define MATRIX_COLUMN (LANE % 4 * 2)
+#define MATRIX_SET_LEFT(T, a, i, j, pair) a.set_pairs<T>(8 * (i), 8 * (j), pair)
+#define PAIR(T, low, high) mlx_server::host_pair<T>(low, high)
+#define PAIR_LOW(T, pair) mlx_server::host_half<T>(pair, 0)
+#define PAIR_FMA(T, a, b, c) mlx_server::host_pair_fma<T>(a, b, c)
+#define AS_SHARED(T, p) reinterpret_cast<const T*>(p)
 #define MATRIX_ZERO(c) c = {}
 #define MATRIX_MULTIPLY_ADD(c, a, b) c.multiply_add(a, b)
 #define MATRIX_ADD(c, d) c.add(d)

@@ -15,14 +15,15 @@ namespace mx = mlx::core;
 
 namespace {
 
-constexpr int kManyRows = 65;  // more than a tile of linear_matrix: from here on cuBLAS is worth a dequantized matrix
+constexpr int kSkinnyRows = 16;  // a tile of linear_skinny: up to here it is faster than linear_matrix
+constexpr int kManyRows = 65;    // more than a tile of linear_matrix: from here on cuBLAS is worth a dequantized matrix
 
 constexpr int kThreads = 128;
 constexpr int kColumns = 4;    // of a simdgroup
 constexpr int kTileRows = 8;   // of our kernels
 constexpr int kDenseUnit = 8;  // of K, what a lane of linear_dense takes at a time
 
-// Whether linear_decode and linear_matrix can read such weights.
+// Whether our kernels can read such weights.
 bool has_kernels(const mx::array& x, const mx::array& scales, int group_size, int bits, const std::string& mode) {
   return mode == "affine" && x.dtype().size() == 2 && scales.dtype() == x.dtype() && x.shape(-1) % 32 == 0 &&
          group_size % 32 == 0 && bits > 1 && bits != 7 && scales.size() >= 8;
@@ -88,6 +89,28 @@ mx::array matrix(const mx::array& x, const mx::array& weight, const mx::array& s
                          .threads = kThreads},
                         s);
   return y[0];
+}
+
+bool has_skinny_kernel() { return has_matrix_units() && are_enabled({"linear_skinny"}); }
+
+// x [rows, K], as many as kSkinnyRows -> [rows, N]
+mx::array skinny(const mx::array& x, const mx::array& weight, const mx::array& scales, const mx::array& biases,
+                 int group_size, int bits, mx::Stream s) {
+  // Many columns are work enough for a GPU without many simdgroups for each. Shared memory holds seven.
+  constexpr int kManyColumns = 16384;
+  const int n = weight.shape(0), tiles = n >= kManyColumns ? 2 : 1, columns = 16 * tiles;
+  return launch(kernel_sources::linear_skinny,
+                {.inputs = {x, weight, scales, biases},
+                 .output_shapes = {{x.shape(0), n}},
+                 .output_dtypes = {x.dtype()},
+                 .constants = {{"T", x.dtype()},
+                               {"BITS", bits},
+                               {"GROUP_SIZE", group_size},
+                               {"ONES", x.dtype() == mx::bfloat16 ? 0x4300 : 0x6400},  // 128 and 1024
+                               {"TILES", tiles}},
+                 .groups = {(n + columns - 1) / columns, 1, 1},
+                 .threads = tiles == 1 ? 7 * 32 : 4 * 32},
+                s)[0];
 }
 
 // linear_decode or linear_dense: x [rows, K] -> [rows, N]
@@ -172,6 +195,9 @@ mx::array quantized_linear_gpu(const mx::array& x, const mx::array& weight, cons
     const bool is_readable = has_kernels(x, scales, group_size, bits, mode);
     if (is_batch_invariant() && is_readable && has_matrix_kernel()) {
       return matrix(flat, weight, scales, *biases, group_size, bits, s);
+    }
+    if (rows <= kSkinnyRows && !is_batch_invariant() && is_readable && has_skinny_kernel()) {
+      return skinny(flat, weight, scales, *biases, group_size, bits, s);
     }
     if ((rows <= kTileRows || is_batch_invariant()) && is_readable && are_enabled({"linear_decode"})) {
       return decode(flat, weight, scales, *biases, group_size, bits, s);

@@ -124,6 +124,45 @@ TEST(a_row_of_dense_does_not_depend_on_the_rows_beside_it) {
   }
 }
 
+template <typename T, int BITS, int GROUP_SIZE, int ONES, int TILES, int THREADS>
+void skinny_kernel(const T* x, const int* x_shape, const Word<T, BITS>* weight, const int* weight_shape,
+                   const T* scales, const T* biases, T* y) {
+#include "linear/linear_skinny.kernel"
+}
+
+template <int BITS, int GROUP_SIZE, int TILES, int THREADS>
+void check_skinny(int rows, int n, int k, double tolerance) {
+  using T = HostBfloat16;
+  constexpr int kColumns = 16 * TILES;
+  const Matrix<T, BITS> matrix(1, n, k, GROUP_SIZE);
+  const auto x = random<T>(rows * k);
+  const std::array<int, 2> x_shape{rows, k}, weight_shape{n, matrix.shape[2]};
+  std::vector<T> y(static_cast<std::size_t>(rows * n));
+  mlx_server::host_launch({(n + kColumns - 1) / kColumns, (rows + 15) / 16, 1}, THREADS, [&] {
+    skinny_kernel<T, BITS, GROUP_SIZE, 0x4300, TILES, THREADS>(x.data(), x_shape.data(), matrix.words.data(),
+                                                               weight_shape.data(), matrix.scales_data(),
+                                                               matrix.biases_data(), y.data());
+  });
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < n; ++c) {
+      const double expected = matrix.multiply(0, c, k, x.data() + r * k);
+      CHECK_NEAR(static_cast<double>(y[static_cast<std::size_t>(r * n + c)]), expected,
+                 tolerance * std::max(1.0, std::abs(expected)));
+    }
+  }
+}
+
+TEST(skinny_agrees_with_the_definition) {
+  check_skinny<4, 64, 1, 224>(1, 37, 1216, 5e-2);
+  check_skinny<4, 32, 2, 128>(5, 70, 96, 5e-2);  // one chunk, not whole
+  check_skinny<4, 128, 2, 64>(37, 33, 640, 5e-2);
+  check_skinny<2, 32, 1, 64>(3, 20, 224, 5e-2);
+  check_skinny<3, 64, 2, 64>(16, 20, 320, 5e-2);
+  check_skinny<5, 64, 1, 64>(2, 9, 192, 5e-2);
+  check_skinny<6, 32, 1, 64>(2, 9, 160, 5e-2);
+  check_skinny<8, 64, 1, 64>(17, 9, 256, 5e-2);
+}
+
 template <typename T, int BITS, int GROUP_SIZE, int ROWS, int PARTS, int GROUP_PARTS, int THREADS>
 void matrix_kernel(const T* x, const int* x_shape, const Word<T, BITS == 16 ? 32 : BITS>* weight,
                    const int* weight_shape, const T* scales, const T* biases, T* y, float* parts) {

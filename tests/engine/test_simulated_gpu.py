@@ -21,6 +21,7 @@ from mlx_server.ops.moe import ExpertMatrix, moe_mlp
 from models.checkpoints import load_half
 
 ALWAYS = {"gated_mul", "qkv_rope", "sampling_adjust", "sampling_choose"}
+LINEAR = {"linear_skinny", "linear_matrix"}
 ATTENTION = {"attention_combine", "attention_decode", "attention_matrix"}
 EXPERTS = {"moe_route", "moe_hidden", "moe_output", "moe_sort", "moe_matrix", "moe_join"}
 STATES = {"gated_delta_conv", "gated_delta_chunk", "gated_delta_scan", "gated_delta_step"}
@@ -50,10 +51,10 @@ def batch_invariant_mode() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name, kv_bits, kernels",
     [
-        ("llama", 8, ALWAYS | ATTENTION | {"kv_quantize", "linear_decode"}),
-        ("gemma3_text", None, ALWAYS | ATTENTION | {"linear_decode"}),
-        ("qwen3_moe", None, ALWAYS | ATTENTION | EXPERTS | {"linear_decode"}),
-        ("qwen3_next", None, ALWAYS | ATTENTION | EXPERTS | STATES | {"linear_decode"}),
+        ("llama", 8, ALWAYS | ATTENTION | LINEAR | {"kv_quantize"}),
+        ("gemma3_text", None, ALWAYS | ATTENTION | LINEAR),
+        ("qwen3_moe", None, ALWAYS | ATTENTION | EXPERTS | LINEAR),
+        ("qwen3_next", None, ALWAYS | ATTENTION | EXPERTS | STATES | LINEAR),
     ],
 )
 def test_kernels_agree_with_their_references(
