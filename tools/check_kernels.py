@@ -23,6 +23,11 @@ METAL = """
 #define constant __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #define thread
+// Metal's keywords that C++ would take for names.
+#define half _Float16
+#define kernel
+#define vertex
+#define fragment
 using size_t = decltype(sizeof(0));
 using uint = unsigned int;
 using ushort = unsigned short;

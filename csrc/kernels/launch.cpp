@@ -76,13 +76,13 @@ std::string code_of(std::string_view text) {
   return code;
 }
 
-// The text as a line that includes it, if the machine has files in memory. MLX hashes a kernel's text each time that it
-// is launched on CUDA, which takes as long as the rest of the launch, and of the line next to nothing. The line has a
-// hash of the text: MLX may keep what it compiled by it.
+// A line that includes the text from a file in memory, where the system has such files; else the text itself. MLX
+// hashes a kernel's text whenever it is launched on CUDA, which takes as long as the rest of a launch. The line has a
+// hash of the text, as MLX may keep by it what it has compiled.
 std::string include_line(const KernelSource& source) {
   std::string code = code_of(source.text);
 #ifdef __linux__
-  const int file = memfd_create(source.name, MFD_CLOEXEC);  // as long as the process
+  const int file = memfd_create(source.name, MFD_CLOEXEC);  // open as long as the process lives
   if (file >= 0 && write(file, code.data(), code.size()) == static_cast<ssize_t>(code.size())) {
     std::ostringstream line;
     line << "#include \"/proc/self/fd/" << file << "\" // " << std::hash<std::string>{}(code) << '\n';
@@ -90,6 +90,13 @@ std::string include_line(const KernelSource& source) {
   }
 #endif
   return code;
+}
+
+// One file for each source.
+const std::string& cuda_text(const KernelSource& source) {
+  static thread_local std::unordered_map<const char*, std::string> lines;
+  const auto known = lines.find(source.name);
+  return known != lines.end() ? known->second : lines.emplace(source.name, include_line(source)).first->second;
 }
 
 mx::fast::CustomKernelFunction make_kernel(const std::string& name, const KernelSource& source) {
@@ -104,8 +111,8 @@ mx::fast::CustomKernelFunction make_kernel(const std::string& name, const Kernel
     const std::string shape = input + "_shape";
     shapes += std::string_view(source.text).find(shape) != std::string_view::npos ? ' ' + shape : "";
   }
-  return mx::fast::cuda_kernel(name, inputs, outputs, shapes + '\n' + include_line(source),
-                               include_line(kernel_sources::cuda));
+  return mx::fast::cuda_kernel(name, inputs, outputs, shapes + '\n' + cuda_text(source),
+                               cuda_text(kernel_sources::cuda));
 }
 
 const mx::fast::CustomKernelFunction& kernel_of(const KernelSource& source, const KernelLaunch& launch) {
