@@ -1,5 +1,5 @@
-// Text that the bodies of linear_decode.kernel, linear_skinny.kernel, linear_matrix.kernel and moe_matrix.kernel share: a
-// unit of quantized weights.
+// Text that the bodies of linear_decode.kernel, linear_skinny.kernel, linear_matrix.kernel and moe_matrix.kernel share:
+// a unit of quantized weights.
 //
 // Needs the constant BITS: of a weight.
 constexpr int UNIT = 32;     // weights for a thread's turn
