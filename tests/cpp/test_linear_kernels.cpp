@@ -33,11 +33,11 @@ std::vector<T> multiply(const std::vector<T>& x, int rows, int k, const Matrix<T
   return y;
 }
 
-template <typename T, int BITS, int GROUP_SIZE, int ROWS, int SPLIT>
-void check(int rows, int n, int k, double tolerance) {
-  const Matrix<T, BITS> matrix(1, n, k, GROUP_SIZE);
-  const auto x = random<T>(rows * k);
-  const auto y = multiply<T, BITS, GROUP_SIZE, ROWS, SPLIT>(x, rows, k, matrix);
+// y [rows, N] is x [rows, K] by the matrix.
+template <typename T, int BITS>
+void check_product(const std::vector<T>& y, const Matrix<T, BITS>& matrix, const std::vector<T>& x, int rows,
+                   double tolerance) {
+  const int n = matrix.shape[1], k = static_cast<int>(x.size()) / rows;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < n; ++c) {
       const double expected = matrix.multiply(0, c, k, x.data() + r * k);
@@ -45,6 +45,14 @@ void check(int rows, int n, int k, double tolerance) {
                  tolerance * std::max(1.0, std::abs(expected)));
     }
   }
+}
+
+template <typename T, int BITS, int GROUP_SIZE, int ROWS, int SPLIT>
+void check(int rows, int n, int k, double tolerance) {
+  const Matrix<T, BITS> matrix(1, n, k, GROUP_SIZE);
+  const auto x = random<T>(rows * k);
+  const auto y = multiply<T, BITS, GROUP_SIZE, ROWS, SPLIT>(x, rows, k, matrix);
+  check_product(y, matrix, x, rows, tolerance);
 }
 
 TEST(decode_agrees_with_the_definition) {
@@ -143,13 +151,7 @@ void check_skinny(int rows, int n, int k, double tolerance) {
                                                                weight_shape.data(), matrix.scales_data(),
                                                                matrix.biases_data(), y.data());
   });
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < n; ++c) {
-      const double expected = matrix.multiply(0, c, k, x.data() + r * k);
-      CHECK_NEAR(static_cast<double>(y[static_cast<std::size_t>(r * n + c)]), expected,
-                 tolerance * std::max(1.0, std::abs(expected)));
-    }
-  }
+  check_product(y, matrix, x, rows, tolerance);
 }
 
 TEST(skinny_agrees_with_the_definition) {
@@ -202,13 +204,7 @@ void check_matrix(int rows, int n, int k, double tolerance) {
   const Matrix<T, BITS == 16 ? 32 : BITS> matrix(1, n, k, GROUP_SIZE);
   const auto x = random<T>(rows * k);
   const auto y = multiply_matrix<T, BITS, GROUP_SIZE, ROWS, PARTS, GROUP_PARTS>(x, rows, k, matrix);
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < n; ++c) {
-      const double expected = matrix.multiply(0, c, k, x.data() + r * k);
-      CHECK_NEAR(static_cast<double>(y[static_cast<std::size_t>(r * n + c)]), expected,
-                 tolerance * std::max(1.0, std::abs(expected)));
-    }
-  }
+  check_product(y, matrix, x, rows, tolerance);
 }
 
 TEST(matrix_agrees_with_the_definition) {

@@ -109,7 +109,7 @@ def test_half_precision(dtype: mx.Dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 130])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 130])
 def test_everything_in_half_precision(rows: int, bits: int) -> None:
     """As models compute on GPUs, where the number of rows chooses the kernel."""
     weight = make_weight(75, 192, 64, bits)

@@ -25,7 +25,7 @@ from mlx_server.ops.sampling import SampleTables, make_rows, sample, sample_fall
 BLOCK_SIZE = 16
 ATTENTION_ROWS = {"decode": [(1, 37), (1, 300)], "prefill": [(40, 40), (24, 290)]}  # queries and context of each row
 STATE_ROWS = {"decode": [1, 1], "prefill": [70, 20]}  # tokens of each row
-LINEAR_TOKENS = {"decode of 1": 1, "decode of 12": 12, "decode of 40": 40}
+LINEAR_TOKENS = {f"decode of {tokens}": tokens for tokens in (1, 3, 8, 12, 40)}
 INVARIANT_TOKENS = 20  # more than a tile's rows
 SAMPLED_TOP = 20  # log-probabilities
 
